@@ -1,0 +1,141 @@
+"""What a run is told: frozen pydantic models, an unknown key is an error. Never imports torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+Scalar = bool | int | float | str
+
+
+class Settings(BaseModel):
+    """Base of every group of settings: immutable, closed, documented by attribute docstrings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataConfig(Settings):
+    """Which images, at which side, cut into which tokens."""
+
+    name: Annotated[str, tyro.conf.arg(aliases=["--data"])] = "digits"
+    """digits, photos, fashion-mnist or folder:PATH."""
+    side: PositiveInt | None = None
+    """Resize every image to side × side pixels (the down-sampling of C1); none keeps the native size."""
+    tokens: Literal["auto", "levels", "palette"] = "auto"
+    """levels: exact grey values; palette: k-means colours; auto: levels for grey images, else palette."""
+    colours: PositiveInt = 512
+    """Size of the palette."""
+    root: Path | None = None
+    """Folder that holds the data set's files, where the data set needs any."""
+
+
+class ModelConfig(Settings):
+    """The trunk's shape and what the attention is told."""
+
+    dim: PositiveInt = 64
+    """Width of the residual stream."""
+    depth: PositiveInt = 4
+    """Number of blocks."""
+    heads: PositiveInt = 4
+    """Attention heads; must divide dim."""
+    objective: Literal["ar", "bert"] = "ar"
+    """ar: next pixel; bert: 15 % of the pixels hidden, loss on those alone."""
+    backend: str = "auto"
+    """Which implementation of the attention; auto picks the fastest exact one and the record names it."""
+    options: dict[str, Scalar] = Field(default_factory=dict)
+    """The variant's own options, for example --model.options radius 5."""
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self) -> ModelConfig:
+        if self.dim % self.heads:
+            fit = [h for h in range(1, self.dim + 1) if self.dim % h == 0][:8]
+            raise ValueError(f"heads {self.heads} does not divide dim {self.dim}; heads that do: {fit}")
+        return self
+
+
+class TrainConfig(Settings):
+    """The optimiser's budget and schedule: Adam (0.9, 0.95), linear warm-up, cosine to zero."""
+
+    steps: PositiveInt = 600
+    """Optimiser steps."""
+    batch: PositiveInt = 64
+    """Images a step, over all accumulated parts."""
+    lr: PositiveFloat = 3e-3
+    """Peak learning rate."""
+    warmup: Annotated[int, Field(ge=0)] = 50
+    """Steps of linear warm-up."""
+    clip: PositiveFloat = 1.0
+    """Gradient norm is clipped to this."""
+    accumulate: PositiveInt = 1
+    """Parts that a batch is cut into; must divide batch."""
+    validate_every: PositiveInt = 50
+    """Steps between validations; the best weights by validation are the ones evaluated."""
+    checkpoint_every: PositiveInt = 200
+    """Steps between checkpoints: what a kill can lose at most."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+
+    @model_validator(mode="after")
+    def _parts_divide_batch(self) -> TrainConfig:
+        if self.batch % self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate} does not divide batch {self.batch}")
+        return self
+
+
+class ProbeConfig(Settings):
+    """Linear probes on every layer."""
+
+    enabled: bool = True
+    """Fit the probes."""
+    normalise: bool = True
+    """Probe the normed residual stream (as iGPT does) rather than the raw one."""
+    images: PositiveInt = 2000
+    """Most training images a probe is fitted on."""
+
+
+class SampleConfig(Settings):
+    """Samples and half-image completions drawn at the end."""
+
+    count: Annotated[int, Field(ge=0)] = 16
+    """How many of each."""
+    temperature: PositiveFloat = 1.0
+    """Softmax temperature."""
+
+
+class RunConfig(Settings):
+    """One run: train, measure, record."""
+
+    variant: str = "dense1d"
+    """Which attention: a name of models.VARIANTS."""
+    position: str | None = None
+    """Positional encoding in place of the variant's own."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Initial weights, data order, hidden pixels and samples all follow from it."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    probe: ProbeConfig = ProbeConfig()
+    sample: SampleConfig = SampleConfig()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    measure: bool = True
+    """Measure memory and throughput, in processes of their own."""
+    out: Path = Path("results")
+    """Folder of records (out/runs), checkpoints, pictures and the report."""
+    force: bool = False
+    """Run again although a finished record exists."""
+
+    def identity(self) -> dict[str, object]:
+        """What makes two runs the same run: everything but where to write and whether to repeat."""
+        return self.model_dump(mode="json", exclude={"out", "force"})
+
+
+def threads() -> int:
+    """CPU threads a run uses: OMP_NUM_THREADS if set, else the cores this process may use."""
+    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
