@@ -1,0 +1,69 @@
+"""Mathematics of attention on pixels: variants, their oracles, the trunk. Knows no data set, no file, no clock."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from . import full, linear, local  # noqa: F401  (importing a family registers its variants)
+from .geometry import Grid, Scan
+from .igpt import ImageGPT
+from .mixer import Layer, Mixer
+from .position import POSITIONS
+from .registry import OBJECTIVES, VARIANTS, Variant, choose, variant
+
+__all__ = ["VARIANTS", "Layer", "Mixer", "Variant", "build", "options", "variant"]
+
+
+def options(name: str) -> dict[str, Any]:
+    """The variant's own options and their defaults: the keyword-only arguments of its class."""
+    parameters = inspect.signature(_known(name).cls).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def build(
+    name: str,
+    *,
+    height: int,
+    width: int,
+    vocab: int,
+    dim: int = 64,
+    depth: int = 4,
+    heads: int = 4,
+    objective: str = "ar",
+    backend: str = "auto",
+    position: str | None = None,
+    **settings: Any,
+) -> nn.Module:
+    """The model of a variant: tokens int64 (batch, height, width) -> logits (batch, height, width, vocab).
+
+    `settings` are the variant's own options.  Raises ValueError, in a line that names the way out, for an unknown
+    variant, objective, position, backend or option, and for a pair that cannot be.
+    """
+    chosen = _known(name)
+    if objective not in OBJECTIVES:
+        raise choose("objective", objective, OBJECTIVES)
+    if objective not in chosen.objectives:
+        raise ValueError(f"{name} runs with objective {' or '.join(chosen.objectives)} only, not {objective!r}")
+    for setting in settings:
+        if setting not in options(name):
+            raise choose(f"option of {name}", setting, options(name))
+    position = position or chosen.position
+    if position not in POSITIONS:
+        raise choose("position", position, POSITIONS)
+    if (need := POSITIONS[position].needs) not in chosen.cls.carries:
+        raise ValueError(
+            f"{name} cannot carry position {position!r}, which needs {need!r}; it carries {', '.join(sorted(chosen.cls.carries))}"
+        )
+    return ImageGPT(
+        lambda layer: chosen.cls(layer, **settings), POSITIONS[position], Scan(Grid(height, width), objective),
+        vocab=vocab, dim=dim, depth=depth, heads=heads, backend=backend,
+    )  # fmt: skip
+
+
+def _known(name: str) -> Variant:
+    if name not in VARIANTS:
+        raise choose("variant", name, VARIANTS)
+    return VARIANTS[name]

@@ -1,0 +1,221 @@
+"""The trunk: Image GPT (Chen et al., Generative Pretraining from Pixels, ICML 2020), its attention left open.
+
+Shapes: tokens (batch, height, width); x (batch, seq, dim); q, k, v (batch, heads, seq, head_dim); seq = height · width.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .geometry import Scan
+from .mixer import Layer, Mixer
+from .position import TABLE_SIGMA, Position, Shape
+
+MakeMixer = Callable[[Layer], Mixer]
+
+
+class Norm(nn.Module):
+    """Root mean square with a gain: it does not centre."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.gain.shape, self.gain, eps=1e-5)
+
+
+class Attention(nn.Module):
+    """Projections around a mixer."""
+
+    def __init__(self, dim: int, mixer: Mixer, position: Position) -> None:
+        super().__init__()
+        self.mixer, self.heads, self.index = mixer, mixer.layer.heads, mixer.layer.index
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.gates = nn.Linear(dim, self.heads * mixer.gates, bias=False) if mixer.gates else None
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.position = [position]  # in a list: its parameters belong to the trunk
+
+    def project(self, x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        q, k = self.position[0].rotate(q, k, slots, self.index)
+        extras: dict[str, Any] = {}
+        if (bias := self.position[0].bias(self.index)) is not None:
+            extras["bias"] = bias
+        if self.gates is not None:
+            extras["gates"] = rearrange(self.gates(x), "b n (h g) -> b h n g", h=self.heads)
+        return q, k, v, extras
+
+    def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+        q, k, v, extras = self.project(x, slots)
+        return self.out(rearrange(self.mixer(q, k, v, **extras), "b h n d -> b n (h d)"))
+
+    def step(self, x: Tensor, slots: Tensor, state: Any) -> tuple[Tensor, Any]:
+        q, k, v, extras = self.project(x, slots)
+        out, state = self.mixer.step(q, k, v, state, **extras)
+        return self.out(rearrange(out, "b h n d -> b n (h d)")), state
+
+
+class MLP(nn.Module):
+    """Four times as wide, with x·σ(1.702x) between."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, 4 * dim, bias=False)
+        self.down = nn.Linear(4 * dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        return self.down(x * torch.sigmoid(1.702 * x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, dim: int, mixer: Mixer, position: Position) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = Norm(dim), Attention(dim, mixer, position)
+        self.mlp_norm, self.mlp = Norm(dim), MLP(dim)
+
+    def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), slots)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def step(self, x: Tensor, slots: Tensor, state: Any) -> tuple[Tensor, Any]:
+        mixed, state = self.attention.step(self.attention_norm(x), slots, state)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+@dataclass
+class State:
+    """What decoding keeps: the next slot and each layer's own state."""
+
+    slot: int
+    batch: int
+    layers: list[Any]
+
+
+class ImageGPT(nn.Module):
+    """The trunk around any mixer and any position.
+
+    tokens int64 (batch, height, width) -> logits (batch, height, width, vocab); logits[b, r, c] predicts
+    tokens[b, r, c].  With objective "ar" it depends on earlier pixels only; with "bert" on all that are not hidden.
+    """
+
+    def __init__(
+        self, make_mixer: MakeMixer, position: type[Position], scan: Scan, *,
+        vocab: int, dim: int, depth: int, heads: int, backend: str = "auto",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"heads {heads} does not divide dim {dim}")
+        self.scan, self.vocab, self.depth = scan, vocab, depth
+        self.tokens = nn.Parameter(torch.empty(vocab, dim))
+        self.start_token = nn.Parameter(torch.empty(dim)) if scan.causal else None
+        self.position = position(Shape(scan, dim, depth, heads))
+        layers = [Layer(scan, heads, dim // heads, index, depth, backend) for index in range(depth)]
+        self.blocks = nn.ModuleList(Block(dim, make_mixer(layer), self.position) for layer in layers)
+        self.norm = Norm(dim)
+        self.head = nn.Linear(dim, vocab, bias=False)
+        self.register_buffer("slots", torch.arange(scan.grid.size), persistent=False)
+        self.register_buffer("order", scan.order(), persistent=False)
+        initialise(self)
+
+    @property
+    def mixers(self) -> list[Mixer]:
+        return [block.attention.mixer for block in self.blocks]
+
+    @property
+    def backend(self) -> str:
+        """What really runs, a name for each kind of layer."""
+        return "+".join(dict.fromkeys(mixer.backend for mixer in self.mixers))
+
+    def embed(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """(batch, height, width) -> (batch, seq, dim); the content of hidden pixels is zeroed, their position kept."""
+        x = self.tokens[tokens.flatten(1)[:, self.order]]
+        if hidden is not None:
+            x = x * ~hidden.flatten(1)[:, self.order, None]
+        if self.start_token is not None:
+            x = torch.cat([self.start_token.expand(len(x), 1, -1), x[:, :-1]], dim=1)
+        where = self.position.embed(self.slots)
+        return x if where is None else x + where
+
+    def features(self, tokens: Tensor, hidden: Tensor | None = None) -> list[Tensor]:
+        """The residual stream, depth + 1 tensors (batch, seq, dim), the embedding first."""
+        stream = [self.embed(tokens, hidden)]
+        for block in self.blocks:
+            stream.append(block(stream[-1], self.slots))
+        return stream
+
+    def forward(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
+        x = self.embed(tokens, hidden)
+        for block in self.blocks:
+            x = block(x, self.slots)
+        logits = self.head(self.norm(x))
+        logits = logits[:, torch.argsort(self.order)]
+        return rearrange(logits, "b (h w) v -> b h w v", h=self.scan.grid.height)
+
+    def start(self, batch: int) -> State:
+        """The state before the first pixel of `batch` images; "ar" only, else ValueError."""
+        if self.start_token is None:
+            raise ValueError('objective "bert" has no order to decode in; build the model with objective="ar"')
+        return State(0, batch, [mixer.start(batch, self.tokens) for mixer in self.mixers])
+
+    def step(self, pixel: Tensor | None, state: State) -> tuple[Tensor, State]:
+        """The previous pixel along the scan, int64 (batch,), None at the first -> logits (batch, vocab) of the next."""
+        if (pixel is None) != (state.slot == 0):
+            raise ValueError("the first step takes None, every later one the pixel before")
+        assert self.start_token is not None
+        slots = self.slots[state.slot : state.slot + 1]
+        x = (self.start_token.expand(state.batch, -1) if pixel is None else self.tokens[pixel])[:, None]
+        where = self.position.embed(slots)
+        x = x if where is None else x + where
+        for index, block in enumerate(self.blocks):
+            x, state.layers[index] = block.step(x, slots, state.layers[index])
+        state.slot += 1
+        return self.head(self.norm(x))[:, 0], state
+
+    def flops(self) -> int:
+        """Forward FLOPs of one image: two for every weight of a matrix and slot, and the attention."""
+        matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 2 * matrices * self.scan.grid.size + sum(mixer.flops() for mixer in self.mixers)
+
+
+@torch.no_grad()
+def initialise(model: ImageGPT) -> None:
+    """Image GPT's initial weights.
+
+    Each parameter is drawn from a generator of its own, seeded by the global generator and the parameter's name, so
+    that variants which share a name share its initial weights whatever else they have.
+    """
+    seed = int(torch.randint(2**62, ()).item())
+    dim = model.tokens.shape[1]
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or ".mixer." in name:
+            continue  # a mixer initialises what it owns
+        generator = torch.Generator().manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
+        if name.endswith("gain"):
+            parameter.fill_(1.0)
+        elif name == "head.weight":
+            parameter.zero_()
+        else:
+            parameter.normal_(0.0, _sigma(name, dim, model.depth), generator=generator)
+
+
+def _sigma(name: str, dim: int, depth: int) -> float:
+    if name.startswith("position."):
+        return TABLE_SIGMA
+    if name.endswith((".qkv.weight", ".gates.weight")):
+        return dim**-0.5
+    if name.endswith("attention.out.weight"):
+        return (dim * depth) ** -0.5
+    return 0.02

@@ -1,0 +1,184 @@
+"""What an attention must provide to stand in the trunk: q, k, v → out, an oracle, a step, and its cost.
+
+Shapes: q, k, v, out (batch, heads, seq, head_dim); gates (batch, heads, seq, gates); one slot: seq = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import geometry, reference
+from .geometry import Predicate, Scan, Tiles
+
+ScoreBias = Callable[[Tensor, Tensor], Tensor]
+"""Like a Predicate, but returns what is added to the scores: (heads, …) for slots of shape (…)."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where a mixer stands: the sequence it reads, its shape, and which of the trunk's layers it is."""
+
+    scan: Scan
+    heads: int
+    head_dim: int
+    index: int = 0
+    depth: int = 1
+    backend: str = "auto"
+
+    @property
+    def size(self) -> int:
+        return self.scan.grid.size
+
+
+class Mixer(nn.Module):
+    """Base of every attention.  Its own settings are the keyword-only arguments of its constructor.
+
+    gates: how many input-dependent channels a head the trunk shall project for it.
+    carries: which positional encodings it can carry: "embed" (added to the input), "rotate", "bias".
+    backends: the implementations it has, the fastest first.
+    """
+
+    gates: ClassVar[int] = 0
+    carries: ClassVar[frozenset[str]] = frozenset({"embed"})
+    backends: ClassVar[tuple[str, ...]] = ("math",)
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer = layer
+        self.backend = self._choose_backend(layer.backend)
+
+    def refusals(self, backend: str) -> list[str]:
+        """Every reason why this backend cannot run this mixer here; empty if it can."""
+        return [] if backend in self.backends else [f"has no such implementation (it has {', '.join(self.backends)})"]
+
+    def _choose_backend(self, wanted: str) -> str:
+        if wanted == "auto":
+            return next(name for name in self.backends if not self.refusals(name))
+        if reasons := self.refusals(wanted):
+            raise ValueError(f"backend {wanted!r} cannot run {type(self).__name__}: {'; '.join(reasons)}")
+        return wanted
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **extras: Any) -> Tensor:
+        """The whole sequence at once.  extras: `bias`, a ScoreBias, if carried; `gates` if asked for."""
+        raise NotImplementedError
+
+    def oracle(self, q: Tensor, k: Tensor, v: Tensor, **extras: Any) -> Tensor:
+        """The same from its definition, by reference.py."""
+        raise NotImplementedError
+
+    def start(self, batch: int, like: Tensor) -> Any:
+        """The state before the first slot, in the dtype and on the device of `like`."""
+        raise NotImplementedError
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, state: Any, **extras: Any) -> tuple[Tensor, Any]:
+        """One slot more: q, k, v (batch, heads, 1, head_dim).  The state may be changed in place."""
+        raise NotImplementedError
+
+    def flops(self) -> int:
+        """Forward FLOPs of one image, a multiplication and an addition being two."""
+        raise NotImplementedError
+
+
+@dataclass
+class Cache:
+    """Keys and values that later slots may see: the start token, then a ring of the most recent slots."""
+
+    k: Tensor  # (batch, heads, kept, head_dim)
+    v: Tensor
+    slots: Tensor  # (kept,): which slot each place holds, -1 for none
+    slot: int = 0
+
+
+class ExactMixer(Mixer):
+    """Exact softmax over the keys that `visible` names.  A subclass states the predicate, and its tiles if it has any.
+
+    Without tiles all queries form a single one; then only `math` and `sdpa` serve.
+    """
+
+    carries = frozenset({"embed", "rotate", "bias"})
+    backends = ("blocked", "math")
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self._tiles: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def visible(self) -> Predicate:
+        """The mask, as a predicate over slots."""
+        raise NotImplementedError
+
+    def tiles(self) -> Tiles:
+        """Which queries are served together, and all keys that they may see."""
+        raise NotImplementedError
+
+    def reach(self) -> int:
+        """How many of the latest slots a query may see, the start token apart; what decoding must keep."""
+        queries, keys, mask = self._tables(torch.device("cpu"))
+        distance = queries[:, :, None] - keys[:, None, :]
+        far = keys[:, None, :] > 0 if self.layer.scan.causal else torch.ones_like(mask)
+        return 1 + int(distance.masked_fill(~(mask & far), 0).max())
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> Tensor:
+        if self.backend == "math":
+            return self.oracle(q, k, v, bias)
+        return self._blocked(q, k, v, bias)
+
+    def oracle(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> Tensor:
+        size = q.shape[2]
+        mask = geometry.matrix(self.visible(), size).to(q.device)
+        slot = torch.arange(size, device=q.device)
+        return reference.softmax_attention(q, k, v, mask, None if bias is None else bias(slot[:, None], slot[None, :]))
+
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Query slots (tiles, queries), key slots (tiles, keys) and mask (tiles, queries, keys), made once a device."""
+        if self._tiles is None or self._tiles[0].device != device:
+            queries, keys = self.tiles()
+            mask = self.visible()(queries[:, :, None], keys[:, None, :]) & (keys >= 0)[:, None, :]
+            mask &= (queries >= 0)[:, :, None]
+            self._tiles = (queries.to(device), keys.to(device), mask.to(device))
+        return self._tiles
+
+    def _blocked(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None) -> Tensor:
+        queries, keys, mask = self._tables(q.device)
+        # A padded query sees its tile's first key, so that no row is empty; it is dropped below.
+        seen = mask | ((queries < 0)[:, :, None] & (torch.arange(keys.shape[1], device=q.device) == 0))
+        attn_mask: Tensor = seen
+        if bias is not None:
+            scores = bias(queries.clamp(min=0)[:, :, None], keys.clamp(min=0)[:, None, :])  # (heads, tiles, q, k)
+            attn_mask = scores.masked_fill(~seen, float("-inf")).to(q.dtype)
+        gathered = [x[:, :, s.clamp(min=0)] for x, s in ((q, queries), (k, keys), (v, keys))]
+        flat = [x.flatten(1, 2) for x in gathered]  # (batch, heads · tiles, slots, head_dim)
+        attn_mask = attn_mask.expand(q.shape[1], *seen.shape).flatten(0, 1)
+        out = F.scaled_dot_product_attention(*flat, attn_mask=attn_mask)
+        out = out.unflatten(1, gathered[0].shape[1:3]).flatten(2, 3)  # (batch, heads, tiles · queries, head_dim)
+        place = torch.argsort(torch.where(queries < 0, q.shape[2], queries).flatten(), stable=True)[: q.shape[2]]
+        return out[:, :, place]
+
+    def start(self, batch: int, like: Tensor) -> Cache:
+        kept = min(self.layer.size, self.reach() + 1)
+        empty = like.new_zeros(batch, self.layer.heads, kept, self.layer.head_dim)
+        return Cache(empty, empty.clone(), torch.full((kept,), -1, device=like.device))
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Cache, bias: ScoreBias | None = None
+    ) -> tuple[Tensor, Cache]:
+        place = state.slot if state.slot < state.k.shape[2] else 1 + (state.slot - 1) % (state.k.shape[2] - 1)
+        state.k[:, :, place], state.v[:, :, place], state.slots[place] = k[:, :, 0], v[:, :, 0], state.slot
+        query = torch.tensor(state.slot, device=q.device)
+        kept = (self.visible()(query, state.slots) & (state.slots >= 0)).nonzero().squeeze(1)
+        scores = None if bias is None else bias(query[None], state.slots[kept])[:, None].to(q.dtype)
+        out = F.scaled_dot_product_attention(q, state.k[:, :, kept], state.v[:, :, kept], attn_mask=scores)
+        state.slot += 1
+        return out, state
+
+    def pairs(self) -> int:
+        """How many (query, key) pairs are visible."""
+        return int(self._tables(torch.device("cpu"))[2].sum())
+
+    def flops(self) -> int:
+        return 4 * self.layer.heads * self.layer.head_dim * self.pairs()
