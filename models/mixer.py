@@ -96,9 +96,9 @@ class Cache:
 
 
 class ExactMixer(Mixer):
-    """Exact softmax over the keys that `visible` names.  A subclass states the predicate, and its tiles if it has any.
+    """Exact softmax over the keys that `visible` names.
 
-    Without tiles all queries form a single one; then only `math` and `sdpa` serve.
+    A subclass states the predicate; with tiles it is also "blocked": time and memory O(tiles · queries · keys).
     """
 
     carries = frozenset({"embed", "rotate", "bias"})
@@ -108,13 +108,20 @@ class ExactMixer(Mixer):
         super().__init__(layer)
         self._tiles: tuple[Tensor, Tensor, Tensor] | None = None
 
+    def refusals(self, backend: str) -> list[str]:
+        reasons = super().refusals(backend)
+        if backend == "blocked" and type(self).tiles is ExactMixer.tiles:
+            reasons.append("states no tiles")
+        return reasons
+
     def visible(self) -> Predicate:
         """The mask, as a predicate over slots."""
         raise NotImplementedError
 
     def tiles(self) -> Tiles:
-        """Which queries are served together, and all keys that they may see."""
-        raise NotImplementedError
+        """Which queries are served together, and all keys that they may see; by default all and all."""
+        slots = torch.arange(self.layer.size)[None]
+        return Tiles(slots, slots)
 
     def reach(self) -> int:
         """How many of the latest slots a query may see, the start token apart; what decoding must keep."""
@@ -153,7 +160,7 @@ class ExactMixer(Mixer):
             attn_mask = scores.masked_fill(~seen, float("-inf")).to(q.dtype)
         gathered = [x[:, :, s.clamp(min=0)] for x, s in ((q, queries), (k, keys), (v, keys))]
         flat = [x.flatten(1, 2) for x in gathered]  # (batch, heads · tiles, slots, head_dim)
-        attn_mask = attn_mask.expand(q.shape[1], *seen.shape).flatten(0, 1)
+        attn_mask = attn_mask.expand(q.shape[1], *seen.shape).flatten(0, 1)[None]  # 4D, else SDPA is not fused
         out = F.scaled_dot_product_attention(*flat, attn_mask=attn_mask)
         out = out.unflatten(1, gathered[0].shape[1:3]).flatten(2, 3)  # (batch, heads, tiles · queries, head_dim)
         place = torch.argsort(torch.where(queries < 0, q.shape[2], queries).flatten(), stable=True)[: q.shape[2]]

@@ -1,0 +1,203 @@
+"""One run, from a configuration to a record: train, likelihood, probe, pictures, memory, throughput."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import models
+from attnbench import checkpoint, data, evaluate, measure, pictures, probe, record, storage, tokens, train
+from attnbench.config import RunConfig, threads
+from attnbench.errors import Refusal
+from attnbench.sample import draw
+
+Watch = Callable[[str, int, float], None]
+"""Told the stage ("train", "test", "probe", …), the step and the loss."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a run as tokens int64 (count, height, width), with labels, by split."""
+
+    dataset: data.Dataset
+    tokeniser: tokens.Tokeniser
+    splits: dict[str, probe.Split]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """height, width, vocab."""
+        height, width = self.splits["train"][0].shape[1:]
+        return height, width, self.tokeniser.vocab
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Every "auto" that depends on the machine, decided.  Raises Refusal where CUDA is asked for and absent."""
+    cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not cuda:
+        raise Refusal("device cuda: this machine has no CUDA GPU that torch can use; leave --device at auto")
+    device = config.device if config.device != "auto" else "cuda" if cuda else "cpu"
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "bfloat16" if device == "cuda" else "float32"
+    return config.model_copy(
+        update={"device": device, "train": config.train.model_copy(update={"precision": precision})}
+    )
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Loads and tokenises the data.  Raises Refusal."""
+    dataset = data.load(config.data)
+    tokeniser = tokens.fit(dataset, config.data)
+    splits = {
+        name: (torch.from_numpy(tokeniser.encode(images.pixels)), images.labels)
+        for name, images in (("train", dataset.train), ("validation", dataset.validation), ("test", dataset.test))
+    }
+    limit = config.evaluate.images
+    splits["test"] = (splits["test"][0][:limit], splits["test"][1][:limit])
+    return Prepared(dataset, tokeniser, splits)
+
+
+def artifacts(config: RunConfig) -> Path:
+    """Folder of what a run leaves beside its record: weights, palette, pictures."""
+    return config.out / "artifacts" / record.identify(config)
+
+
+def execute(config: RunConfig, watch: Watch = lambda stage, step, loss: None) -> Path:
+    """The whole of a resolved run; the path of its record.
+
+    A finished record is returned as it is unless config.force.  A loss that is no longer finite, or memory that does
+    not suffice, ends in a record that says so.  Raises Refusal before anything is written.
+    """
+    name = record.identify(config)
+    if not config.force and record.find(config.out, name, status="ok") is not None:
+        return config.out / "runs" / f"{name}.json"
+    torch.set_num_threads(threads())
+    storage.check_writable(config.out)
+    prepared = prepare(config)
+    model = train.make_model(config, *prepared.shape)
+    if config.force:
+        checkpoint.clear(checkpoints(config))
+    try:
+        outcome = {"status": "ok", **_outcome(model, prepared, config, watch)}
+    except train.Diverged as error:
+        outcome = {"status": "nan", "reason": str(error)}
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        outcome = {"status": "oom", "reason": str(error)}
+    path = record.write(config.out, _identity(model, prepared, config) | outcome, replace=config.force)
+    checkpoint.clear(checkpoints(config))
+    return path
+
+
+def checkpoints(config: RunConfig) -> Path:
+    return config.out / "checkpoints" / record.identify(config)
+
+
+def _identity(model: nn.Module, prepared: Prepared, config: RunConfig) -> dict[str, Any]:
+    height, width, vocab = prepared.shape
+    return {
+        "id": record.identify(config),
+        "variant": config.variant,
+        "family": models.VARIANTS[config.variant].family,
+        "backend": model.backend,
+        "seed": config.seed,
+        "config": config.identity(),
+        "environment": record.environment(),
+        "data": {
+            "name": prepared.dataset.name,
+            "checksum": prepared.dataset.checksum,
+            "height": height,
+            "width": width,
+            "vocab": vocab,
+            "tokens": prepared.tokeniser.kind,
+            "images": {split: len(labels) for split, (_, labels) in prepared.splits.items()},
+        },
+    }
+
+
+def _outcome(model: nn.Module, prepared: Prepared, config: RunConfig, watch: Watch) -> dict[str, Any]:
+    """Everything that a run finds out."""
+    splits = prepared.splits
+    validation = splits["validation"][0][: config.train.validation_images]
+    progress = train.fit(
+        model, splits["train"][0],
+        lambda m: evaluate.likelihood(m, validation, config).nats_per_token,
+        config, checkpoints(config), lambda step, loss: watch("train", step, loss),
+    )  # fmt: skip
+    watch("likelihood", 0, 0.0)
+    test = evaluate.likelihood(model, splits["test"][0], config)
+    watch("probe", 0, 0.0)
+    accuracies: list[float] | None = None
+    if config.probe.enabled:
+        accuracies = probe.accuracies(model, splits["train"], splits["validation"], splits["test"], config)
+    watch("pictures", 0, 0.0)
+    _leave(model, prepared, config)
+    watch("memory and throughput", 0, 0.0)
+    metrics = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_flops_per_image": 3 * model.flops(),  # type: ignore[operator]
+        "nats_per_token": test.nats_per_token,
+        "bits_per_token": evaluate.bits(test.nats_per_token),
+        "bits_per_dim": prepared.tokeniser.bits_per_dim(test.nats_per_token),
+        "validation_nats_per_token": progress.best,
+        "regret_nats_per_token": None,
+        "probe_accuracy": accuracies,
+        "probe_accuracy_best": max(accuracies) if accuracies else None,
+        "predicted_train_peak_bytes": None,
+        "steps": progress.step,
+        "seconds": progress.seconds,
+        **_cost(prepared, config),
+    }
+    return {
+        "metrics": metrics,
+        "curves": asdict(progress.curves),
+        "per_image_nats": test.per_image.tolist(),
+        "nll_map": test.by_pixel.tolist(),
+    }
+
+
+def _cost(prepared: Prepared, config: RunConfig) -> dict[str, Any]:
+    """Memory and throughput, each measured in a process of its own; null with the reason where that failed."""
+    cost: dict[str, Any] = dict.fromkeys(
+        ("train_peak_bytes", "train_images_per_second", "eval_images_per_second", "sample_images_per_second",
+         "state_bytes_per_image")
+    )  # fmt: skip
+    if not config.measure:
+        return cost
+    request = measure.Request(config, *prepared.shape)
+    try:
+        cost["train_peak_bytes"] = measure.peak_bytes(request)
+        found = measure.throughput(request)
+    except measure.ChildFailed as error:
+        warnings.warn(str(error), stacklevel=2)
+        return cost | {"measurement_failed": str(error)}
+    spreads = {name: value for name, value in found.items() if isinstance(value, dict)}
+    cost |= {name: value["median"] if isinstance(value, dict) else value for name, value in found.items()}
+    return cost | {"spread": spreads}
+
+
+def _leave(model: nn.Module, prepared: Prepared, config: RunConfig) -> None:
+    """Writes weights, tokeniser and pictures beside the record."""
+    folder = artifacts(config)
+    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    storage.write_bytes(folder / "weights.safetensors", save(weights))
+    storage.write_json(folder / "tokeniser.json", prepared.tokeniser.to_json())
+    count = min(config.sample.count, len(prepared.splits["test"][0]))
+    if config.model.objective != "ar" or not count:
+        return
+    generator = train.generator("samples", config.seed)
+    truth = prepared.splits["test"][0][:count]
+
+    def show(*rows: Tensor) -> list[Any]:
+        return [prepared.tokeniser.decode(row.cpu().numpy()) for row in rows]
+
+    samples = draw(model, count, generator, config.sample.temperature)
+    completed = draw(model, count, generator, config.sample.temperature, known=truth, share=0.5)
+    storage.write_bytes(folder / "samples.png", pictures.sheet(show(samples)))
+    storage.write_bytes(folder / "completions.png", pictures.completions(*show(truth, completed), share=0.5))

@@ -1,0 +1,55 @@
+"""Sheets of images as PNG."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Pixels = NDArray[np.uint8]
+
+EDGE = 112  # a picture is enlarged to about this many screen pixels
+GAP = 8
+PAPER = (255, 255, 255)
+UNKNOWN = (214, 222, 235)  # what a completion did not see
+
+
+def sheet(rows: list[Pixels], columns: int = 8) -> bytes:
+    """PNG of images uint8 (count, height, width, 1 or 3), enlarged without smoothing.
+
+    Several arrays of equal length are shown under each other, image by image; each band holds `columns` images.
+    """
+    rows = [_rgb(row) for row in rows]
+    count, height, width = rows[0].shape[:3]
+    scale = max(1, EDGE // max(height, width))
+    columns = min(columns, count)
+    bands = -(-count // columns)
+    tall, wide = height * scale + GAP, width * scale + GAP
+    band = len(rows) * tall + GAP
+    paper = np.full((bands * band + GAP, columns * wide + GAP, 3), PAPER, dtype=np.uint8)
+    for index in range(count):
+        for place, row in enumerate(rows):
+            top = GAP + (index // columns) * band + place * tall
+            left = GAP + (index % columns) * wide
+            paper[top : top + height * scale, left : left + width * scale] = row[index].repeat(scale, 0).repeat(scale, 1)
+    return _png(paper)
+
+
+def completions(truth: Pixels, completed: Pixels, share: float) -> bytes:
+    """PNG of three rows: what the model was shown (the first `share` of the raster), what it drew, what was true."""
+    given = _rgb(truth).copy()
+    height, width = given.shape[1:3]
+    given.reshape(len(given), height * width, 3)[:, round(share * height * width) :] = UNKNOWN
+    return sheet([given, completed, truth])
+
+
+def _rgb(images: Pixels) -> Pixels:
+    return images.repeat(3, axis=-1) if images.shape[-1] == 1 else images
+
+
+def _png(pixels: Pixels) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()

@@ -1,0 +1,77 @@
+"""What the person at the terminal sees: a bar while it runs, a table when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from attnbench.experiment import Watch
+
+
+@contextmanager
+def bar(console: Console, title: str, steps: int, batch: int) -> Iterator[Watch]:
+    """A progress bar over training steps with loss, images/s and time left, then the name of each later stage."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TaskProgressColumn(),
+        TextColumn("{task.fields[state]}"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=steps, state="loading")
+
+        def watch(stage: str, step: int, loss: float) -> None:
+            if stage != "train":
+                progress.update(task, description=f"{title}: {stage}", state="")
+                return
+            speed = progress.tasks[0].speed or 0.0
+            progress.update(task, completed=step, state=f"loss {loss:.3f} · {speed * batch:,.0f} images/s")
+
+        yield watch
+
+
+def table(record: dict[str, Any]) -> Table:
+    """The figures of a record."""
+    out = Table(title=f"{record['variant']} · {record['data']['name']} · seed {record['seed']}", title_justify="left")
+    out.add_column("figure")
+    out.add_column("value", justify="right")
+    out.add_column("unit", style="dim")
+    for name, value, unit in rows(record):
+        out.add_row(name, value, unit)
+    return out
+
+
+def rows(record: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(name, value, unit) of every figure that the record has."""
+    metrics, shape = record.get("metrics", {}), record["data"]
+    yield "status", record["status"], record.get("reason", "")
+    yield "sequence", f"{shape['height']} × {shape['width']} = {shape['height'] * shape['width']}", "tokens"
+    yield "backend", record["backend"], record["environment"].get("gpu") or "cpu"
+    plain = (
+        ("parameters", "parameters", "{:,}", ""),
+        ("training cost", "train_flops_per_image", "{:.3e}", "FLOPs/image"),
+        ("likelihood", "nats_per_token", "{:.4f}", "nats/token"),
+        ("", "bits_per_token", "{:.4f}", "bits/token"),
+        ("", "bits_per_dim", "{:.4f}", "bits/dim"),
+        ("regret", "regret_nats_per_token", "{:.4f}", "nats/token over the optimum"),
+        ("best probe", "probe_accuracy_best", "{:.3f}", "accuracy"),
+    )
+    for label, key, form, unit in plain:
+        if metrics.get(key) is not None:
+            yield label, form.format(metrics[key]), unit
+    if metrics.get("probe_accuracy"):
+        yield "probe by depth", " ".join(f"{a:.2f}" for a in metrics["probe_accuracy"]), "embedding first"
+    if metrics.get("train_peak_bytes"):
+        yield "training memory", f"{metrics['train_peak_bytes'] / 2**20:,.1f}", "MiB at peak"
+    for label, key in (("training", "train"), ("evaluation", "eval"), ("sampling", "sample")):
+        spread = metrics.get("spread", {}).get(f"{key}_images_per_second")
+        if spread:
+            low, high, n = spread["low"], spread["high"], spread["n"]
+            yield label, f"{spread['median']:,.0f}", f"images/s (quartiles {low:,.0f} to {high:,.0f}, n = {n})"
+    if metrics.get("state_bytes_per_image"):
+        yield "decoding state", f"{metrics['state_bytes_per_image'] / 2**10:,.1f}", "KiB/image"
+    if metrics.get("seconds"):
+        yield "trained", f"{metrics['steps']:,} steps", f"{metrics['seconds']:.0f} s"

@@ -1,0 +1,237 @@
+"""Training: Adam with warm-up and cosine, clipped; best weights by validation; resumable bit for bit.
+
+The order of the data and the hidden pixels are pure functions of (seed, step), so a resumed run sees what an
+uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import models
+from attnbench import checkpoint
+from attnbench.config import RunConfig, TrainConfig
+from attnbench.errors import Refusal
+
+HIDDEN_SHARE = 0.15  # Image GPT's BERT objective
+BETAS = (0.9, 0.95)  # Image GPT
+
+
+class Diverged(Exception):
+    """The loss is no longer a finite number."""
+
+
+@dataclass
+class Curves:
+    """What training looked like: loss every few steps, validation every `validate_every`; nats per token."""
+
+    steps: list[int] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    validation_steps: list[int] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Progress:
+    """Where training stands; all of it goes into a checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    curves: Curves = field(default_factory=Curves)
+
+
+def make_model(config: RunConfig, height: int, width: int, vocab: int) -> nn.Module:
+    """The configured model on its device, its initial weights a function of config.seed.  Raises Refusal."""
+    torch.manual_seed(config.seed)
+    settings = config.model
+    try:
+        model = models.build(
+            config.variant, height=height, width=width, vocab=vocab, dim=settings.dim, depth=settings.depth,
+            heads=settings.heads, objective=settings.objective, backend=settings.backend, position=config.position,
+            **settings.options,
+        ).to(config.device)  # fmt: skip
+    except (ValueError, TypeError) as error:
+        raise Refusal(str(error)) from error
+    if config.train.compile:
+        model.compile()
+    return model
+
+
+def make_optimiser(model: nn.Module, config: RunConfig) -> torch.optim.Adam:
+    return torch.optim.Adam(model.parameters(), lr=config.train.lr, betas=BETAS, fused=True)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def generator(*words: str | int) -> torch.Generator:
+    """A generator on the CPU that is a function of these words alone, on any machine."""
+    digest = hashlib.sha256(repr(words).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def batch_indices(seed: int, step: int, batch: int, count: int) -> Tensor:
+    """int64 (batch,): which of `count` images this step sees; every epoch is a permutation of its own."""
+    places = torch.arange(step * batch, (step + 1) * batch)
+    epochs = places // count
+    orders = {
+        int(e): torch.randperm(count, generator=generator("order", seed, int(e))) for e in epochs.unique()
+    }
+    return torch.stack([orders[int(e)][p % count] for e, p in zip(epochs, places, strict=True)])
+
+
+def hidden_pixels(shape: tuple[int, ...], seed: int, step: int) -> Tensor:
+    """bool of this shape: the 15 % of positions whose content "bert" zeroes, at least one an image."""
+    draw = torch.rand(shape, generator=generator("hidden", seed, step))
+    return (draw < HIDDEN_SHARE) | (draw == draw.flatten(1).amin(1).view(-1, *[1] * (len(shape) - 1)))
+
+
+def autocast(config: RunConfig) -> AbstractContextManager[Any]:
+    """bfloat16 autocast where the configuration asks for it."""
+    if config.train.precision == "bfloat16":
+        return torch.autocast(config.device, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def token_nats(model: nn.Module, tokens: Tensor, hidden: Tensor | None) -> Tensor:
+    """-log p of each token, float32 (batch, height, width); where `hidden` is given, only those are meaningful."""
+    logits = model(tokens) if hidden is None else model(tokens, hidden)
+    return F.cross_entropy(logits.movedim(-1, 1).float(), tokens, reduction="none")
+
+
+def train_step(model: nn.Module, optimiser: torch.optim.Adam, tokens: Tensor, step: int, config: RunConfig) -> Tensor:
+    """One optimiser step on tokens (batch, height, width); the mean loss in nats per token, detached."""
+    train = config.train
+    for group in optimiser.param_groups:
+        group["lr"] = learning_rate(step, train)
+    hidden = None
+    if config.model.objective == "bert":
+        hidden = hidden_pixels(tuple(tokens.shape), config.seed, step).to(tokens.device)
+    optimiser.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=tokens.device)
+    parts = zip(
+        tokens.chunk(train.accumulate),
+        [None] * train.accumulate if hidden is None else hidden.chunk(train.accumulate),
+        strict=True,
+    )
+    counted = tokens.numel() if hidden is None else hidden.sum()
+    for part, holes in parts:
+        with autocast(config):
+            nats = token_nats(model, part, holes)
+        loss = (nats.sum() if holes is None else nats[holes].sum()) / counted
+        loss.backward()
+        total += loss.detach()
+    nn.utils.clip_grad_norm_(model.parameters(), train.clip)
+    optimiser.step()
+    return total
+
+
+def fit(
+    model: nn.Module,
+    tokens: Tensor,
+    validate: Callable[[nn.Module], float],
+    config: RunConfig,
+    folder: Path,
+    report: Callable[[int, float], None] = lambda step, loss: None,
+) -> Progress:
+    """Trains to config.train.steps, resuming from `folder`; leaves the best weights by validation in the model.
+
+    tokens int64 (count, height, width); `validate` gives nats per token; `report` is told step and loss.
+    Ctrl-C saves a checkpoint before it goes on.  Raises Diverged.
+    """
+    train = config.train
+    optimiser = make_optimiser(model, config)
+    progress, best = _resume(model, optimiser, folder)
+    began = time.monotonic() - progress.seconds
+
+    def save() -> None:
+        progress.seconds = time.monotonic() - began
+        checkpoint.save(folder, progress.step, _tensors(model, optimiser, best), asdict(progress))
+
+    model.train()
+    try:
+        while progress.step < train.steps:
+            chosen = batch_indices(config.seed, progress.step, train.batch, len(tokens))
+            loss = train_step(model, optimiser, tokens[chosen].to(config.device), progress.step, config)
+            progress.step += 1
+            _log(progress, loss, train, report)
+            if progress.step % train.validate_every == 0 or progress.step == train.steps:
+                best = _validate(model, validate, progress, best)
+            if progress.step % train.checkpoint_every == 0 and progress.step < train.steps:
+                save()
+    except KeyboardInterrupt:
+        save()
+        raise
+    progress.seconds = time.monotonic() - began
+    model.load_state_dict(best)
+    return progress
+
+
+def _log(progress: Progress, loss: Tensor, train: TrainConfig, report: Callable[[int, float], None]) -> None:
+    if progress.step % 10 and progress.step < train.steps:
+        return  # reading the loss would make an accelerator wait
+    value = float(loss)
+    if not math.isfinite(value):
+        raise Diverged(f"the loss is {value} at step {progress.step}")
+    progress.curves.steps.append(progress.step)
+    progress.curves.loss.append(value)
+    report(progress.step, value)
+
+
+def _validate(
+    model: nn.Module, validate: Callable[[nn.Module], float], progress: Progress, best: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    value = validate(model)
+    model.train()
+    progress.curves.validation_steps.append(progress.step)
+    progress.curves.validation.append(value)
+    if value < progress.best:
+        progress.best = value
+        best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return best
+
+
+def _tensors(model: nn.Module, optimiser: torch.optim.Adam, best: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Everything that resuming needs, under flat names."""
+    flat = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    flat |= {f"best.{name}": tensor for name, tensor in best.items()}
+    for index, state in optimiser.state_dict()["state"].items():
+        flat |= {f"adam.{index}.{key}": value for key, value in state.items()}
+    return flat
+
+
+def _resume(model: nn.Module, optimiser: torch.optim.Adam, folder: Path) -> tuple[Progress, dict[str, Tensor]]:
+    """Puts the latest checkpoint of the folder, if any, into model and optimiser."""
+    found = checkpoint.latest(folder)
+    if found is None:
+        return Progress(), {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(dict(_under("model.", found.tensors)))
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in _under("adam.", found.tensors):
+        index, key = name.split(".")
+        state.setdefault(int(index), {})[key] = tensor
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    meta = dict(found.meta)
+    meta["curves"] = Curves(**meta["curves"])
+    return Progress(**meta), dict(_under("best.", found.tensors))
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    return ((name.removeprefix(prefix), tensor) for name, tensor in tensors.items() if name.startswith(prefix))
