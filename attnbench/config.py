@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 Scalar = bool | int | float | str
@@ -15,7 +17,7 @@ Scalar = bool | int | float | str
 class Settings(BaseModel):
     """Base of every group of settings: immutable, closed, documented by attribute docstrings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class DataConfig(Settings):
@@ -46,8 +48,8 @@ class ModelConfig(Settings):
     """ar: next pixel; bert: 15 % of the pixels hidden, loss on those alone."""
     backend: str = "auto"
     """Which implementation of the attention; auto picks the fastest exact one and the record names it."""
-    options: dict[str, Scalar] = Field(default_factory=dict)
-    """The variant's own options, for example --model.options radius 5."""
+    options: Annotated[dict[str, Scalar], tyro.conf.arg(metavar="NAME VALUE")] = Field(default_factory=dict)
+    """The variant's own options, also as --model.options.NAME VALUE."""
 
     @model_validator(mode="after")
     def _heads_divide_dim(self) -> ModelConfig:
@@ -74,6 +76,8 @@ class TrainConfig(Settings):
     """Parts that a batch is cut into; must divide batch."""
     validate_every: PositiveInt = 50
     """Steps between validations; the best weights by validation are the ones evaluated."""
+    validation_images: PositiveInt = 512
+    """Most images a validation during training looks at."""
     checkpoint_every: PositiveInt = 200
     """Steps between checkpoints: what a kill can lose at most."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -84,8 +88,19 @@ class TrainConfig(Settings):
     @model_validator(mode="after")
     def _parts_divide_batch(self) -> TrainConfig:
         if self.batch % self.accumulate:
-            raise ValueError(f"accumulate {self.accumulate} does not divide batch {self.batch}")
+            raise ValueError(
+                f"accumulate {self.accumulate} does not divide batch {self.batch}; pick one of its divisors"
+            )
         return self
+
+
+class EvaluateConfig(Settings):
+    """Likelihood of the test images."""
+
+    images: PositiveInt = 2000
+    """Most test images."""
+    votes: PositiveInt = 5
+    """Sets of hidden pixels that "bert" is averaged over."""
 
 
 class ProbeConfig(Settings):
@@ -108,10 +123,16 @@ class SampleConfig(Settings):
     """Softmax temperature."""
 
 
+def _default_variant() -> str:
+    """The variant of a run that names none, from defaults.yaml: no Python file here knows a variant by name."""
+    defaults = yaml.safe_load(Path(__file__).with_name("defaults.yaml").read_text(encoding="utf-8"))
+    return str(defaults["variant"])
+
+
 class RunConfig(Settings):
     """One run: train, measure, record."""
 
-    variant: str = "dense1d"
+    variant: str = Field(default_factory=_default_variant)
     """Which attention: a name of models.VARIANTS."""
     position: str | None = None
     """Positional encoding in place of the variant's own."""
@@ -120,6 +141,7 @@ class RunConfig(Settings):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     probe: ProbeConfig = ProbeConfig()
     sample: SampleConfig = SampleConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -138,4 +160,8 @@ class RunConfig(Settings):
 
 def threads() -> int:
     """CPU threads a run uses: OMP_NUM_THREADS if set, else the cores this process may use."""
-    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    told = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if told.isdigit() and int(told) > 0:
+        return int(told)
+    # macOS and Windows know no affinity.
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -200,4 +200,5 @@ def _leave(model: nn.Module, prepared: Prepared, config: RunConfig) -> None:
     samples = draw(model, count, generator, config.sample.temperature)
     completed = draw(model, count, generator, config.sample.temperature, known=truth, share=0.5)
     storage.write_bytes(folder / "samples.png", pictures.sheet(show(samples)))
-    storage.write_bytes(folder / "completions.png", pictures.completions(*show(truth, completed), share=0.5))
+    seen, drawn = show(truth, completed)
+    storage.write_bytes(folder / "completions.png", pictures.completions(seen, drawn, share=0.5))

@@ -33,7 +33,9 @@ def sheet(rows: list[Pixels], columns: int = 8) -> bytes:
         for place, row in enumerate(rows):
             top = GAP + (index // columns) * band + place * tall
             left = GAP + (index % columns) * wide
-            paper[top : top + height * scale, left : left + width * scale] = row[index].repeat(scale, 0).repeat(scale, 1)
+            paper[top : top + height * scale, left : left + width * scale] = (
+                row[index].repeat(scale, 0).repeat(scale, 1)
+            )
     return _png(paper)
 
 

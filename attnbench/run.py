@@ -23,7 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     console.print(terminal.table(done))
     pictures = experiment.artifacts(config)
     if (pictures / "samples.png").exists():
-        console.print(f"samples      {pictures / 'samples.png'}\ncompletions  {pictures / 'completions.png'}", soft_wrap=True)
+        console.print(
+            f"samples      {pictures / 'samples.png'}\ncompletions  {pictures / 'completions.png'}", soft_wrap=True
+        )
     console.print(f"report       {page}\nrecord:", soft_wrap=True)
     print(path)
     return 0 if done["status"] == "ok" else 1

@@ -91,9 +91,7 @@ def batch_indices(seed: int, step: int, batch: int, count: int) -> Tensor:
     """int64 (batch,): which of `count` images this step sees; every epoch is a permutation of its own."""
     places = torch.arange(step * batch, (step + 1) * batch)
     epochs = places // count
-    orders = {
-        int(e): torch.randperm(count, generator=generator("order", seed, int(e))) for e in epochs.unique()
-    }
+    orders = {int(e): torch.randperm(count, generator=generator("order", seed, int(e))) for e in epochs.unique()}
     return torch.stack([orders[int(e)][p % count] for e, p in zip(epochs, places, strict=True)])
 
 

@@ -54,9 +54,8 @@ def build(
     if position not in POSITIONS:
         raise choose("position", position, POSITIONS)
     if (need := POSITIONS[position].needs) not in chosen.cls.carries:
-        raise ValueError(
-            f"{name} cannot carry position {position!r}, which needs {need!r}; it carries {', '.join(sorted(chosen.cls.carries))}"
-        )
+        carried = ", ".join(sorted(chosen.cls.carries))
+        raise ValueError(f"{name} cannot carry position {position!r}, which needs {need!r}; it carries {carried}")
     return ImageGPT(
         lambda layer: chosen.cls(layer, **settings), POSITIONS[position], Scan(Grid(height, width), objective),
         vocab=vocab, dim=dim, depth=depth, heads=heads, backend=backend,

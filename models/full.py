@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,14 +14,12 @@ from .mixer import Cache, ExactMixer, ScoreBias
 from .registry import variant
 
 _IGPT = "Chen et al., Generative Pretraining from Pixels, ICML 2020"
-_DENSE = {"family": "dense", "time": "O(n²)", "memory": "O(n)"}
+dense = partial(variant, family="dense", time="O(n²)", memory="O(n)")
 
 
-@variant("dense1d", summary="learned table, one vector a slot: iGPT itself", reference=_IGPT, **_DENSE)
-@variant("dense-none", summary="causal mask only", reference=_IGPT, position="none", **_DENSE)
-@variant(
-    "dense2d", summary="learned row vector + learned column vector", reference=_IGPT, position="learned2d", **_DENSE
-)
+@dense("dense1d", summary="learned table, one vector a slot: iGPT itself", reference=_IGPT)
+@dense("dense-none", summary="causal mask only", reference=_IGPT, position="none")
+@dense("dense2d", summary="learned row vector + learned column vector", reference=_IGPT, position="learned2d")
 class Dense(ExactMixer):
     """softmax(QKᵀ/√d)V by a fused kernel ("sdpa"), or with the n×n scores laid out ("math")."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +111,9 @@ class ImageGPT(nn.Module):
     tokens[b, r, c].  With objective "ar" it depends on earlier pixels only; with "bert" on all that are not hidden.
     """
 
+    slots: Tensor  # (seq,)
+    order: Tensor  # (seq,): the raster index of the pixel that each slot predicts
+
     def __init__(
         self, make_mixer: MakeMixer, position: type[Position], scan: Scan, *,
         vocab: int, dim: int, depth: int, heads: int, backend: str = "auto",
@@ -132,7 +135,7 @@ class ImageGPT(nn.Module):
 
     @property
     def mixers(self) -> list[Mixer]:
-        return [block.attention.mixer for block in self.blocks]
+        return [cast(Block, block).attention.mixer for block in self.blocks]
 
     @property
     def backend(self) -> str:
@@ -180,7 +183,7 @@ class ImageGPT(nn.Module):
         where = self.position.embed(slots)
         x = x if where is None else x + where
         for index, block in enumerate(self.blocks):
-            x, state.layers[index] = block.step(x, slots, state.layers[index])
+            x, state.layers[index] = cast(Block, block).step(x, slots, state.layers[index])
         state.slot += 1
         return self.head(self.norm(x))[:, 0], state
 

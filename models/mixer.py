@@ -64,11 +64,11 @@ class Mixer(nn.Module):
             raise ValueError(f"backend {wanted!r} cannot run {type(self).__name__}: {'; '.join(reasons)}")
         return wanted
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, **extras: Any) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, **extras: Any) -> Tensor:
         """The whole sequence at once.  extras: `bias`, a ScoreBias, if carried; `gates` if asked for."""
         raise NotImplementedError
 
-    def oracle(self, q: Tensor, k: Tensor, v: Tensor, **extras: Any) -> Tensor:
+    def oracle(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, **extras: Any) -> Tensor:
         """The same from its definition, by reference.py."""
         raise NotImplementedError
 
@@ -76,7 +76,7 @@ class Mixer(nn.Module):
         """The state before the first slot, in the dtype and on the device of `like`."""
         raise NotImplementedError
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, state: Any, **extras: Any) -> tuple[Tensor, Any]:
+    def step(self, q: Tensor, k: Tensor, v: Tensor, state: Any, *args: Any, **extras: Any) -> tuple[Tensor, Any]:
         """One slot more: q, k, v (batch, heads, 1, head_dim).  The state may be changed in place."""
         raise NotImplementedError
 
@@ -159,9 +159,9 @@ class ExactMixer(Mixer):
             scores = bias(queries.clamp(min=0)[:, :, None], keys.clamp(min=0)[:, None, :])  # (heads, tiles, q, k)
             attn_mask = scores.masked_fill(~seen, float("-inf")).to(q.dtype)
         gathered = [x[:, :, s.clamp(min=0)] for x, s in ((q, queries), (k, keys), (v, keys))]
-        flat = [x.flatten(1, 2) for x in gathered]  # (batch, heads · tiles, slots, head_dim)
+        flat_q, flat_k, flat_v = (x.flatten(1, 2) for x in gathered)  # (batch, heads · tiles, slots, head_dim)
         attn_mask = attn_mask.expand(q.shape[1], *seen.shape).flatten(0, 1)[None]  # 4D, else SDPA is not fused
-        out = F.scaled_dot_product_attention(*flat, attn_mask=attn_mask)
+        out = F.scaled_dot_product_attention(flat_q, flat_k, flat_v, attn_mask=attn_mask)
         out = out.unflatten(1, gathered[0].shape[1:3]).flatten(2, 3)  # (batch, heads, tiles · queries, head_dim)
         place = torch.argsort(torch.where(queries < 0, q.shape[2], queries).flatten(), stable=True)[: q.shape[2]]
         return out[:, :, place]

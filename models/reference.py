@@ -19,9 +19,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tenso
     return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v
 
 
-def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, feature: Callable[[Tensor], Tensor], causal: bool
-) -> Tensor:
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, feature: Callable[[Tensor], Tensor], causal: bool) -> Tensor:
     """φ(q) S / φ(q) z, step by step, with S = Σ φ(k) vᵀ and z = Σ φ(k) over the visible keys (Katharopoulos 2020)."""
     q, k = feature(q), feature(k)
     batch, heads, seq, width = k.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Cls = TypeVar("Cls", bound=type)
 
@@ -26,7 +26,7 @@ class Variant:
     memory: str
     summary: str
     reference: str
-    cls: type
+    cls: type[Any]
     position: str = "learned1d"
     objectives: tuple[str, ...] = OBJECTIVES
 

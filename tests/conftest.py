@@ -1,0 +1,31 @@
+"""What holds for every test: which files are collected, what is skipped where there is no GPU, how hypothesis draws."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# No deadline: the first example of a test pays for torch's start. CI draws the same examples every time.
+settings.register_profile("attnbench", deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("attnbench")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """bench_*.py with --benchmark-only and nothing else; test_*.py otherwise."""
+    unwanted = "test_" if config.getoption("benchmark_only", default=False) else "bench_"
+    return True if collection_path.name.startswith(unwanted) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped, saying so, where torch finds no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
