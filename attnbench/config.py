@@ -62,7 +62,7 @@ class ModelConfig(Settings):
 class TrainConfig(Settings):
     """The optimiser's budget and schedule: Adam (0.9, 0.95), linear warm-up, cosine to zero."""
 
-    steps: PositiveInt = 600
+    steps: PositiveInt = 400
     """Optimiser steps."""
     batch: PositiveInt = 64
     """Images a step, over all accumulated parts."""

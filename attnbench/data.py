@@ -1,0 +1,360 @@
+"""Images and their fixed splits: by name (digits, photos, fashion-mnist) or by scheme (folder:PATH).
+
+A split is a function of an image's own pixels (a hash), never of a random state, so the same picture always falls on
+the same side and two copies of it never straddle a boundary. Sizes are brought to `--data.side` by exact area
+averaging, which is what the down-sampling of C1 means. Nothing is written and nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import hashlib
+import math
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from attnbench import photos
+from attnbench.config import DataConfig
+from attnbench.errors import Refusal
+
+Pixels = NDArray[np.uint8]
+Labels = NDArray[np.int64]
+
+SPLITS = ("train", "validation", "test")
+PHOTOS_SIDE = 32
+"""Side of `photos` when none is asked for."""
+LARGEST = 4 << 30
+"""Bytes of pixels that are held in memory at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Pictures and their classes: pixels uint8 (count, height, width, channels 1 or 3), labels int64 (count,)."""
+
+    pixels: Pixels
+    labels: Labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Three splits of one kind of image.
+
+    levels: number of values a channel can take, 0..levels-1. checksum: sha256 (hex) over every native image's pixels,
+    label and split, in order; it does not depend on the side that the images were resized to.
+    """
+
+    name: str
+    train: Images
+    validation: Images
+    test: Images
+    classes: tuple[str, ...]
+    levels: int
+    checksum: str
+
+
+def load(config: DataConfig) -> Dataset:
+    """The data set that `config.name` names, at `config.side`.
+
+    Raises Refusal: an unknown name, a side that does not fit, files that are missing or do not decode, an empty split.
+    """
+    if config.side is not None and config.side < 1:
+        raise Refusal(f"side {config.side} does not fit; choose --data.side 1 or more")
+    scheme, colon, rest = config.name.partition(":")
+    if colon and scheme in SCHEMES:
+        return SCHEMES[scheme](config, rest)
+    if config.name in NAMED:
+        return NAMED[config.name](config)
+    known = [*NAMED, *(f"{scheme}:..." for scheme in SCHEMES)]
+    near = difflib.get_close_matches((f"{scheme}:..." if colon else scheme).lower(), known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise Refusal(f"unknown data {config.name!r}; {hint}known: {', '.join(known)}")
+
+
+# --- from native images to a data set ---------------------------------------------------------------------------------
+
+
+def fingerprint(image: Pixels) -> bytes:
+    """sha256 of one native image's shape and pixels."""
+    return hashlib.sha256(np.array(image.shape, dtype="<i8").tobytes() + image.tobytes()).digest()
+
+
+def split_of(digest: bytes, validation: float, test: float) -> str:
+    """The split of an image by its fingerprint, which is as good as uniform: the given shares, the rest is train."""
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    return "test" if place < test else "validation" if place < test + validation else "train"
+
+
+def resize(pixels: Pixels, side: int | None, name: str) -> Pixels:
+    """(count, height, width, channels) brought to side × side by area averaging; None leaves the size as it is.
+
+    The average is computed on integers (floats that stay below 2^53), so it is exact and the same on every machine;
+    halves round to even. Values stay within the range of the input. Raises Refusal if an image would have to grow.
+    """
+    height, width = pixels.shape[1:3]
+    if side is None or (height, width) == (side, side):
+        return pixels
+    if side > min(height, width):
+        raise Refusal(
+            f"{name}: side {side} does not fit images of {height}×{width}; "
+            f"choose --data.side {min(height, width)} or less"
+        )
+    down, along = _overlaps(height, side), _overlaps(width, side)
+    resized = np.empty((len(pixels), side, side, pixels.shape[3]), dtype=np.uint8)
+    chunk = max(1, (1 << 22) // (height * width))  # some tens of megabytes of float64
+    for start in range(0, len(pixels), chunk):
+        planes = pixels[start : start + chunk].transpose(0, 3, 1, 2).astype(np.float64)
+        sums = down @ planes @ along.T
+        resized[start : start + chunk] = np.rint(sums / (height * width)).transpose(0, 2, 3, 1)
+    return resized
+
+
+def _overlaps(native: int, side: int) -> NDArray[np.float64]:
+    """(side, native): how much of each native pixel each resized one covers, in whole units of 1/side native pixel."""
+    out, old = np.arange(side)[:, None] * native, np.arange(native)[None] * side
+    return np.clip(np.minimum(out + native, old + side) - np.maximum(out, old), 0, None).astype(np.float64)
+
+
+def _assemble(
+    name: str,
+    pixels: Pixels,
+    labels: Labels,
+    splits: Sequence[str],
+    digests: Sequence[bytes],
+    classes: Sequence[str],
+    levels: int = 256,
+) -> Dataset:
+    """A data set of images in their final size; `digests` are the fingerprints of the native ones."""
+    checksum = hashlib.sha256()
+    for digest, label, split in zip(digests, labels, splits, strict=True):
+        checksum.update(digest + int(label).to_bytes(8, "little") + split.encode())
+    parts = {}
+    for split in SPLITS:
+        chosen = np.array([mine == split for mine in splits], dtype=bool)
+        if not chosen.any():
+            raise Refusal(
+                f"{name}: {len(digests)} images ({len(set(digests))} different) leave the {split} split empty; "
+                "add more pictures, 50 or more as a rule"
+            )
+        parts[split] = Images(pixels[chosen], labels[chosen])
+    return Dataset(name, **parts, classes=tuple(classes), levels=levels, checksum=checksum.hexdigest())
+
+
+# --- digits and photos: shipped within wheels -------------------------------------------------------------------------
+
+
+def _digits(config: DataConfig) -> Dataset:
+    """1,797 grey 8×8 digits of 17 levels (Alpaydin and Kaynak, 1998; scikit-learn): 70 / 10 / 20 % by hash."""
+    from sklearn.datasets import load_digits  # takes a second to import, and other data do without
+
+    bunch = load_digits()
+    pixels = bunch.images.astype(np.uint8)[..., None]
+    digests = [fingerprint(image) for image in pixels]
+    splits = [split_of(digest, validation=0.1, test=0.2) for digest in digests]
+    small = resize(pixels, config.side, "digits")
+    return _assemble("digits", small, bunch.target.astype(np.int64), splits, digests, "0123456789", levels=17)
+
+
+def _photos(config: DataConfig) -> Dataset:
+    """RGB fields of ten photographs, one class each; the splits come from regions of a photograph that do not touch."""
+    pixels, labels, splits = photos.gather()
+    digests = [fingerprint(image) for image in pixels]
+    small = resize(pixels, config.side or PHOTOS_SIDE, "photos")
+    return _assemble("photos", small, labels, splits, digests, list(photos.FILES))
+
+
+# --- fashion-mnist: IDX files -----------------------------------------------------------------------------------------
+
+FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist installs its files."""
+FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+IDX_LIMIT = 1 << 28
+"""Bytes that an IDX file may unpack to: five times Fashion-MNIST, and no bomb."""
+
+
+def read_idx(path: Path, dims: int) -> Pixels:
+    """A gzip IDX file of unsigned bytes with `dims` dimensions (the format of LeCun's MNIST page, 1998).
+
+    Raises Refusal if the file is not exactly as long as its header says, or is no such file.
+    """
+    try:
+        with gzip.open(path) as file:
+            header = file.read(4 + 4 * dims)
+            if len(header) < 4 + 4 * dims or header[:4] != bytes([0, 0, 8, dims]):
+                raise Refusal(f"{path}: not an IDX file of bytes with {dims} dimensions; fetch it again")
+            shape = [int(size) for size in np.frombuffer(header, dtype=">u4", offset=4)]
+            expected = math.prod(shape)
+            if not 0 < expected <= IDX_LIMIT:
+                raise Refusal(f"{path}: header says {shape}, beyond 1 to {IDX_LIMIT} bytes; fetch it again")
+            body = file.read(expected + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise Refusal(f"{path}: does not unpack ({_brief(error)}); fetch it again") from error
+    if len(body) != expected:
+        raise Refusal(f"{path}: {'more' if len(body) > expected else 'less'} data than its header says; fetch it again")
+    return np.frombuffer(body, dtype=np.uint8).reshape(shape)
+
+
+def _fashion(config: DataConfig) -> Dataset:
+    """70,000 grey 28×28 pieces of clothing (Xiao et al., 2017): the official test, a tenth of train to validation."""
+    folder = (config.root or FASHION_FOLDER).expanduser()
+    (train, train_labels), (test, test_labels) = (_idx_pair(folder, part) for part in ("train", "t10k"))
+    if train.shape[1:] != test.shape[1:]:
+        raise Refusal(f"{folder}: train images are {train.shape[1:3]}, test images {test.shape[1:3]}; fetch them again")
+    pixels = np.concatenate([train, test])
+    digests = [fingerprint(image) for image in pixels]
+    splits = [split_of(digest, validation=0.1, test=0.0) for digest in digests[: len(train)]] + ["test"] * len(test)
+    small = resize(pixels, config.side, "fashion-mnist")
+    labels = np.concatenate([train_labels, test_labels])
+    return _assemble("fashion-mnist", small, labels, splits, digests, FASHION_CLASSES)
+
+
+def _idx_pair(folder: Path, part: str) -> tuple[Pixels, Labels]:
+    """Images (count, height, width, 1) and labels (count,) of one half of the files."""
+    paths = [folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz"]
+    for path in paths:
+        if not path.is_file():
+            raise Refusal(
+                f"fashion-mnist: no {path.name} in {folder}; install Debian's package dataset-fashion-mnist, "
+                "or name a folder with its four gzip IDX files by --data.root"
+            )
+    pixels, labels = read_idx(paths[0], dims=3), read_idx(paths[1], dims=1)
+    if len(pixels) != len(labels):
+        raise Refusal(f"{paths[1]}: {len(labels)} labels for {len(pixels)} images; fetch both files again")
+    if labels.max() >= len(FASHION_CLASSES):
+        raise Refusal(f"{paths[1]}: label {labels.max()}, but the classes are 0 to 9; fetch it again")
+    return pixels[..., None], labels.astype(np.int64)
+
+
+# --- folder:PATH, one sub-folder a class ------------------------------------------------------------------------------
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+GREY = {"1", "L", "LA"}
+COLOUR = {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
+
+
+def _folder(config: DataConfig, place: str) -> Dataset:
+    """Pictures of one's own, one sub-folder a class: 80 / 10 / 10 % by hash; grey if every picture is grey, else RGB.
+
+    Without a side all pictures must have one size, which is kept; with one, the central square is resized to it.
+    """
+    files = _pictures(place)
+    headers = [_header(path) for path in files]
+    mode = "L" if all(grey for grey, _, _ in headers) else "RGB"
+    _check_sizes(config.side, files, [(height, width) for _, height, width in headers], 1 if mode == "L" else 3)
+    images, digests = [], []
+    for path in files:
+        native = _decode(path, mode)
+        digests.append(fingerprint(native))
+        images.append(native[None] if config.side is None else resize(_square(native)[None], config.side, str(path)))
+        if images[-1].shape != images[0].shape:  # the camera was turned: known only now
+            raise Refusal(
+                f"{path}: stands upright where {files[0].name} lies, or the reverse; bring all to one --data.side"
+            )
+    classes = sorted({path.parent.name for path in files})
+    labels = np.array([classes.index(path.parent.name) for path in files], dtype=np.int64)
+    splits = [split_of(digest, validation=0.1, test=0.1) for digest in digests]
+    return _assemble(f"folder:{place}", np.concatenate(images), labels, splits, digests, classes)
+
+
+def _pictures(place: str) -> list[Path]:
+    """The picture files in the sub-folders of `place`, in a fixed order."""
+    root = Path(place).expanduser()
+    if not place or not root.is_dir():
+        raise Refusal(f"folder:{place}: no such folder; name one that holds a sub-folder of pictures for each class")
+    try:
+        classes = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        files = [path for folder in classes for path in sorted(folder.iterdir())]
+    except OSError as error:
+        raise Refusal(f"folder:{place}: cannot be listed ({_brief(error)}); make it readable") from error
+    files = [path for path in files if path.suffix.lower() in SUFFIXES and path.is_file()]
+    if not files:
+        raise Refusal(f"folder:{place}: no pictures in its sub-folders; put each class's PNG or JPEG files into one")
+    return files
+
+
+def _check_sizes(side: int | None, files: list[Path], sizes: list[tuple[int, int]], channels: int) -> None:
+    """Refuses, before anything is decoded, pictures of several sizes without a side, too small for it, or too many."""
+    least, smallest = min((min(size), path) for size, path in zip(sizes, files, strict=True))
+    odd = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
+    if side is None and odd is not None:
+        (height, width), (other_height, other_width) = sizes[0], sizes[odd]
+        raise Refusal(
+            f"{files[odd]} is {other_height}×{other_width} but {files[0].name} {height}×{width}; "
+            f"bring all to one size by --data.side {min(least, 32)}"
+        )
+    if side is not None and side > least:
+        raise Refusal(f"{smallest}: side {side} does not fit, its shorter side is {least}; choose --data.side {least}")
+    height, width = (side, side) if side else sizes[0]
+    if len(files) * height * width * channels > LARGEST:
+        raise Refusal(f"{len(files)} pictures of {height}×{width} fill more than {LARGEST >> 30} GiB; set --data.side")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A picture file, opened lazily. Whatever it does wrong while open is a Refusal that names it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                yield image
+    except Refusal:
+        raise
+    except Exception as error:  # broken files raise OSError, SyntaxError, ValueError, IndexError, struct.error, ...
+        raise Refusal(f"{path}: does not decode ({_brief(error)}); repair or remove it") from error
+
+
+def _header(path: Path) -> tuple[bool, int, int]:
+    """Whether a picture is grey, its height and its width before it is set upright; its pixels are not read."""
+    with _opened(path) as image:
+        if image.mode not in GREY | COLOUR:
+            raise Refusal(f"{path}: mode {image.mode} is not 8 bits a channel; convert or remove it")
+        return image.mode in GREY, image.height, image.width
+
+
+def _decode(path: Path, mode: str) -> Pixels:
+    """One picture, upright, (height, width, 1 or 3) for mode "L" or "RGB"; transparent parts lie on white."""
+    with _opened(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.has_transparency_data:
+            sheet = Image.new("RGBA", upright.size, "white")
+            sheet.alpha_composite(upright.convert("RGBA"))
+            upright = sheet
+        pixels = np.array(upright.convert(mode))
+        return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _square(image: Pixels) -> Pixels:
+    """The central square of one picture (height, width, channels)."""
+    height, width, _ = image.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[top : top + side, left : left + side]
+
+
+def _brief(error: Exception) -> str:
+    """An error on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+# --- names and schemes ------------------------------------------------------------------------------------------------
+
+NAMED: dict[str, Callable[[DataConfig], Dataset]] = {
+    "digits": _digits,
+    "photos": _photos,
+    "fashion-mnist": _fashion,
+}
+"""Data by name."""
+SCHEMES: dict[str, Callable[[DataConfig, str], Dataset]] = {"folder": _folder}
+"""Data as scheme:rest; a loader is given the settings and the rest."""
