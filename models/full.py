@@ -28,8 +28,8 @@ class Dense(ExactMixer):
     def visible(self) -> Predicate:
         return geometry.everything(self.layer.scan)
 
-    def reach(self) -> int:
-        return self.layer.size
+    def last_use(self) -> Tensor:
+        return torch.full((self.layer.size,), self.layer.size - 1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> Tensor:
         if self.backend == "math":

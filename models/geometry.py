@@ -14,10 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .orders import ORDERS
+from .registry import choose
 
 Predicate = Callable[[Tensor, Tensor], Tensor]
 
@@ -40,21 +44,46 @@ class Grid:
 
 @dataclass(frozen=True)
 class Scan:
-    """A grid read as a sequence: slot t has a target, the pixel that it predicts, and a content, the pixel it holds."""
+    """A grid read as a sequence: slot t has a target, the pixel that it predicts, and a content, the pixel it holds.
+
+    order: the way through the grid, a name of orders.ORDERS; whatever it is, coordinates are the true ones.
+    """
 
     grid: Grid
     objective: str = "ar"
+    order: str = "raster"
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise choose("scan", self.order, ORDERS)
 
     @property
     def causal(self) -> bool:
         return self.objective == "ar"
 
-    def order(self) -> Tensor:
-        """int64 (n,): the raster index of the pixel that each slot predicts."""
-        return torch.arange(self.grid.size)
+    @property
+    def downward(self) -> bool:
+        """Whether no earlier pixel lies below a later one."""
+        return self.causal and self.order in ("raster", "snake")
 
-    def coordinates(self, pixel: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def line(self) -> int:
+        """The length of a line of the scan: a row, or a column if it goes by columns."""
+        return self.grid.height if self.order == "column" else self.grid.width
+
+    @cached_property
+    def path(self) -> Tensor:
+        """int64 (n,): the raster index of the pixel that each slot predicts."""
+        return ORDERS[self.order](self.grid.height, self.grid.width)
+
+    @cached_property
+    def rank(self) -> Tensor:
+        """int64 (n,): the slot that predicts each pixel, by raster index; the inverse of `path`."""
+        return torch.argsort(self.path)
+
+    def coordinates(self, place: Tensor) -> tuple[Tensor, Tensor]:
         """(row, col) of the pixels at these places of the scan."""
+        pixel = place if self.order == "raster" else self.path.to(place.device)[place]
         return pixel.div(self.grid.width, rounding_mode="floor"), pixel % self.grid.width
 
     def target(self, slot: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,11 +91,25 @@ class Scan:
         return self.coordinates(slot)
 
     def content(self, slot: Tensor) -> tuple[Tensor, Tensor]:
-        """(row, col) of the pixels that these slots contain; the start token stands left of the first pixel."""
+        """(row, col) of the pixels that these slots contain.
+
+        The start token stands in the row of the scan's first pixel, one column left of the grid: where no pixel is.
+        """
         if not self.causal:
             return self.coordinates(slot)
         row, col = self.coordinates((slot - 1).clamp(min=0))
         return row, torch.where(slot == 0, -1, col)
+
+    def content_place(self, slot: Tensor) -> Tensor:
+        """The place along the scan of the pixels that these slots contain, -1 for the start token.
+
+        A target's place is its slot.
+        """
+        return slot - 1 if self.causal else slot
+
+    def distance(self, query: Tensor, key: Tensor) -> Tensor:
+        """How many places along the scan the query's target comes after the key's content."""
+        return query - self.content_place(key)
 
     def is_start(self, slot: Tensor) -> Tensor:
         """True where a slot contains the start token."""
@@ -80,23 +123,84 @@ def everything(scan: Scan) -> Predicate:
     return lambda query, key: torch.ones_like(query * key, dtype=torch.bool)
 
 
+def only(scan: Scan, condition: Predicate) -> Predicate:
+    """The start token, and what both the objective and a condition on (query, key) allow."""
+    allowed = everything(scan)
+    return lambda query, key: scan.is_start(key) | (allowed(query, key) & condition(query, key))
+
+
+def only2d(scan: Scan, condition: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Predicate:
+    """The same for a condition on (row, col, key_row, key_col)."""
+    return only(scan, lambda query, key: condition(*scan.target(query), *scan.content(key)))
+
+
 def window1d(scan: Scan, window: int) -> Predicate:
     """The last `window` pixels of the scan ("ar"), or those at most `window` away ("bert")."""
-    if scan.causal:
-        return lambda query, key: (key == 0) | ((key <= query) & (query - key < window))
-    return lambda query, key: (query - key).abs() <= window
+    return only(scan, lambda query, key: scan.distance(query, key).abs() <= window)
 
 
 def window2d(scan: Scan, radius: int) -> Predicate:
     """At most `radius` rows and columns away, and earlier in the scan ("ar")."""
-    allowed = everything(scan)
+    return dilated2d(scan, radius, dilation=1)
 
-    def visible(query: Tensor, key: Tensor) -> Tensor:
-        (row, col), (key_row, key_col) = scan.target(query), scan.content(key)
-        near = ((row - key_row).abs() <= radius) & ((col - key_col).abs() <= radius)
-        return scan.is_start(key) | (allowed(query, key) & near)
 
-    return visible
+def dilated2d(scan: Scan, radius: int, dilation: int) -> Predicate:
+    """Of every `dilation`-th row and column, counted from the target, the nearest `radius` on each side."""
+
+    def near(row: Tensor, col: Tensor, key_row: Tensor, key_col: Tensor) -> Tensor:
+        down, right = key_row - row, key_col - col
+        reached = (down.abs() <= radius * dilation) & (right.abs() <= radius * dilation)
+        return reached if dilation == 1 else reached & (down % dilation == 0) & (right % dilation == 0)
+
+    return only2d(scan, near)
+
+
+def global_window2d(scan: Scan, radius: int) -> Predicate:
+    """window2d, and the first pixel of every row."""
+    return only2d(
+        scan,
+        lambda row, col, key_row, key_col: (
+            (((row - key_row).abs() <= radius) & ((col - key_col).abs() <= radius)) | (key_col == 0)
+        ),
+    )
+
+
+def blocks2d(scan: Scan, block: int, memory: int) -> Predicate:
+    """The target's own block of block × block pixels, and `memory` pixels around it."""
+
+    def inside(place: Tensor, key_place: Tensor) -> Tensor:
+        past = key_place - (place - place % block)
+        return (past >= -memory) & (past < block + memory)
+
+    return only2d(scan, lambda row, col, key_row, key_col: inside(row, key_row) & inside(col, key_col))
+
+
+def line(scan: Scan, axis: Literal["row", "col"]) -> Predicate:
+    """The target's own row, or its own column."""
+    if axis == "row":
+        return only2d(scan, lambda row, col, key_row, key_col: row == key_row)
+    return only2d(scan, lambda row, col, key_row, key_col: col == key_col)
+
+
+def strided(scan: Scan, stride: int) -> Predicate:
+    """The last `stride` pixels of the scan, and every `stride`-th before the target; on both sides with "bert"."""
+
+    def reached(query: Tensor, key: Tensor) -> Tensor:
+        distance = scan.distance(query, key)
+        return (distance.abs() <= stride) | (distance % stride == 0)
+
+    return only(scan, reached)
+
+
+def fixed(scan: Scan, stride: int, columns: int) -> Predicate:
+    """The target's own run of `stride` pixels of the scan, and the last `columns` of every run."""
+
+    def reached(query: Tensor, key: Tensor) -> Tensor:
+        place = scan.content_place(key)
+        same_run = query.div(stride, rounding_mode="floor") == place.div(stride, rounding_mode="floor")
+        return same_run | (place % stride >= stride - columns)
+
+    return only(scan, reached)
 
 
 def matrix(visible: Predicate, size: int) -> Tensor:
@@ -106,7 +210,10 @@ def matrix(visible: Predicate, size: int) -> Tensor:
 
 
 class Tiles(NamedTuple):
-    """Queries that are served together and every key that one of them may see; int64 slots, -1 where there is none."""
+    """Queries that are served together and every key that one of them may see; int64 slots, -1 where there is none.
+
+    Every slot is a query of exactly one tile, and no tile names a key twice.
+    """
 
     queries: Tensor  # (tiles, queries)
     keys: Tensor  # (tiles, keys)
@@ -122,28 +229,72 @@ def runs(scan: Scan, window: int, length: int = 64) -> Tiles:
     return _with_start(scan, _inside(queries, size), _inside(keys, size))
 
 
-def patches(scan: Scan, radius: int, side: int = 8) -> Tiles:
-    """Patches of side × side pixels with a halo of `radius`, for window2d."""
-    height, width = scan.grid.height, scan.grid.width
-    below = 0 if scan.causal else radius
+def classes(scan: Scan, stride: int) -> Tiles:
+    """Every `stride`-th pixel together, for the second part of strided; without the start token."""
+    size = scan.grid.size
+    first = torch.arange(min(stride, size))[:, None]
+    places = _inside(first + torch.arange(0, size, stride)[None, :], size)
+    return Tiles(places, _holders(scan, places))
 
-    def pixels(first: Tensor, length: int, before: int, after: int, limit: int) -> Tensor:
-        place = first[:, None] + torch.arange(-before, length + after)[None, :]
-        return _inside(place, limit)
 
-    tall, wide = min(side, height), min(side, width)
-    top, left = torch.arange(0, height, tall), torch.arange(0, width, wide)
+def runs_and_ends(scan: Scan, stride: int, columns: int) -> Tiles:
+    """Runs of `stride` pixels of the scan, for fixed: the run, and the last `columns` of the other runs."""
+    size = scan.grid.size
+    first = torch.arange(0, size, stride)[:, None]
+    own = _inside(first + torch.arange(stride)[None, :], size)
+    ends = first + torch.arange(stride - columns, stride)[None, :]
+    run = torch.arange(len(first))
+    others = ends.flatten()[None, :].masked_fill(run.repeat_interleave(columns)[None, :] == run[:, None], -1)
+    return _with_start(scan, own, _holders(scan, torch.cat([own, _inside(others, size)], dim=1)))
 
-    def slots(rows: Tensor, cols: Tensor) -> Tensor:
-        row, col = rows[:, None, :, None], cols[None, :, None, :]
-        pixel = torch.where((row >= 0) & (col >= 0), row * width + col, -1)
-        return pixel.flatten(0, 1).flatten(1, 2)
 
-    queries = slots(pixels(top, tall, 0, 0, height), pixels(left, wide, 0, 0, width))
-    contents = slots(pixels(top, tall, radius, below, height), pixels(left, wide, radius, radius, width))
-    # Pixel p is held by slot p + 1 under "ar"; the last pixel is held by none.
-    keys = _inside(torch.where(contents >= 0, contents + scan.causal, -1), scan.grid.size)
-    return _with_start(scan, queries, keys)
+def patches(scan: Scan, radius: int, side: int = 8, dilation: int = 1) -> Tiles:
+    """Patches of side × side pixels with a halo of `radius`, for window2d and blocks2d; for dilated2d likewise, on
+    every `dilation`-th row and column."""
+    rows, key_rows = _stretches(scan.grid.height, side, radius, 0 if scan.downward else radius, dilation)
+    cols, key_cols = _stretches(scan.grid.width, side, radius, radius, dilation)
+    queries, contents = _rectangles(scan, rows, cols), _rectangles(scan, key_rows, key_cols)
+    return _with_start(scan, queries, _holders(scan, contents))
+
+
+def patches_and_row_starts(scan: Scan, radius: int, side: int = 8) -> Tiles:
+    """The same and the first pixel of every row, for global_window2d."""
+    queries, keys = patches(scan, radius, side)
+    starts = _holders(scan, scan.rank[torch.arange(scan.grid.height) * scan.grid.width]).expand(len(keys), -1)
+    ascending = keys.sort(dim=1).values
+    nearest = torch.searchsorted(ascending, starts.contiguous()).clamp(max=keys.shape[1] - 1)
+    named = ascending.gather(1, nearest) == starts
+    return Tiles(queries, torch.cat([keys, starts.masked_fill(named, -1)], dim=1))
+
+
+def lines(scan: Scan, axis: Literal["row", "col"]) -> Tiles:
+    """Every row, or every column, for line."""
+    rows, cols = torch.arange(scan.grid.height)[:, None], torch.arange(scan.grid.width)[:, None]
+    pixels = _rectangles(scan, rows, cols.T) if axis == "row" else _rectangles(scan, rows.T, cols)
+    return _with_start(scan, pixels, _holders(scan, pixels))
+
+
+def _stretches(limit: int, length: int, before: int, after: int, step: int) -> tuple[Tensor, Tensor]:
+    """An axis of `limit` places cut into stretches of `length`, every `step`-th place going together: the places of
+    each, and those with a halo, (stretches, places), -1 outside."""
+    length = min(length, -(-limit // step))
+    first = torch.arange(0, limit, length * step)[:, None] + torch.arange(step)[None, :]
+    first = first[first < limit].flatten()[:, None]
+    own = first + step * torch.arange(length)[None, :]
+    halo = first + step * torch.arange(-before, length + after)[None, :]
+    return _inside(own, limit), _inside(halo, limit)
+
+
+def _rectangles(scan: Scan, rows: Tensor, cols: Tensor) -> Tensor:
+    """Each of rows (a, tall) with each of cols (b, wide): the slots that predict these pixels, (a·b, tall·wide)."""
+    row, col = rows[:, None, :, None], cols[None, :, None, :]
+    pixel = torch.where((row >= 0) & (col >= 0), row * scan.grid.width + col, -1).flatten(0, 1).flatten(1, 2)
+    return torch.where(pixel < 0, -1, scan.rank[pixel])
+
+
+def _holders(scan: Scan, place: Tensor) -> Tensor:
+    """The slots that contain the pixels at these places; with "ar" the last pixel is held by none."""
+    return _inside(torch.where(place < 0, -1, place + scan.causal), scan.grid.size)
 
 
 def _inside(slots: Tensor, size: int) -> Tensor:

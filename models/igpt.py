@@ -125,12 +125,13 @@ class ImageGPT(nn.Module):
         self.tokens = nn.Parameter(torch.empty(vocab, dim))
         self.start_token = nn.Parameter(torch.empty(dim)) if scan.causal else None
         self.position = position(Shape(scan, dim, depth, heads))
-        layers = [Layer(scan, heads, dim // heads, index, depth, backend) for index in range(depth)]
+        biased = position.needs == "bias"
+        layers = [Layer(scan, heads, dim // heads, index, depth, backend, biased) for index in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, make_mixer(layer), self.position) for layer in layers)
         self.norm = Norm(dim)
         self.head = nn.Linear(dim, vocab, bias=False)
         self.register_buffer("slots", torch.arange(scan.grid.size), persistent=False)
-        self.register_buffer("order", scan.order(), persistent=False)
+        self.register_buffer("order", scan.path, persistent=False)
         initialise(self)
 
     @property
@@ -197,10 +198,10 @@ class ImageGPT(nn.Module):
 def initialise(model: ImageGPT) -> None:
     """Image GPT's initial weights.
 
-    Each parameter is drawn from a generator of its own, seeded by the global generator and the parameter's name, so
-    that variants which share a name share its initial weights whatever else they have.
+    Each parameter is drawn from a generator of its own, seeded by torch.manual_seed's last seed and the parameter's
+    name, so that variants which share a name share its initial weights whatever else they have.
     """
-    seed = int(torch.randint(2**62, ()).item())
+    seed = torch.initial_seed()
     dim = model.tokens.shape[1]
     for name, parameter in model.named_parameters():
         if parameter.is_meta or ".mixer." in name:

@@ -30,6 +30,8 @@ class Layer:
     index: int = 0
     depth: int = 1
     backend: str = "auto"
+    biased: bool = False
+    """Whether the position will add a bias to the scores."""
 
     @property
     def size(self) -> int:
@@ -87,12 +89,29 @@ class Mixer(nn.Module):
 
 @dataclass
 class Cache:
-    """Keys and values that later slots may see: the start token, then a ring of the most recent slots."""
+    """Keys and values that later slots may see; a slot takes the place of one that no later slot sees."""
 
     k: Tensor  # (batch, heads, kept, head_dim)
     v: Tensor
     slots: Tensor  # (kept,): which slot each place holds, -1 for none
+    places: list[int]  # of each slot
     slot: int = 0
+
+
+def allot(last_use: list[int]) -> tuple[list[int], int]:
+    """A place for every slot, from its own step to its last use, and how many places that takes: the fewest."""
+    free: list[int] = []
+    leaving: dict[int, list[int]] = {}
+    places: list[int] = []
+    count = 0
+    for slot, last in enumerate(last_use):
+        free += leaving.pop(slot - 1, [])
+        if not free:
+            free.append(count)
+            count += 1
+        places.append(free.pop())
+        leaving.setdefault(last, []).append(places[-1])
+    return places, count
 
 
 class ExactMixer(Mixer):
@@ -107,6 +126,7 @@ class ExactMixer(Mixer):
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
         self._tiles: tuple[Tensor, Tensor, Tensor] | None = None
+        self._places: tuple[list[int], int] | None = None
 
     def refusals(self, backend: str) -> list[str]:
         reasons = super().refusals(backend)
@@ -123,12 +143,11 @@ class ExactMixer(Mixer):
         slots = torch.arange(self.layer.size)[None]
         return Tiles(slots, slots)
 
-    def reach(self) -> int:
-        """How many of the latest slots a query may see, the start token apart; what decoding must keep."""
+    def last_use(self) -> Tensor:
+        """int64 (n,): the last slot that may see each slot; decoding forgets a slot after it."""
         queries, keys, mask = self._tables(torch.device("cpu"))
-        distance = queries[:, :, None] - keys[:, None, :]
-        far = keys[:, None, :] > 0 if self.layer.scan.causal else torch.ones_like(mask)
-        return 1 + int(distance.masked_fill(~(mask & far), 0).max())
+        seen = torch.where(mask, queries[:, :, None], -1).amax(dim=1)
+        return torch.arange(self.layer.size).scatter_reduce(0, keys.clamp(min=0).flatten(), seen.flatten(), "amax")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> Tensor:
         if self.backend == "math":
@@ -167,14 +186,16 @@ class ExactMixer(Mixer):
         return out[:, :, place]
 
     def start(self, batch: int, like: Tensor) -> Cache:
-        kept = min(self.layer.size, self.reach() + 1)
+        if self._places is None:
+            self._places = allot(self.last_use().tolist())
+        places, kept = self._places
         empty = like.new_zeros(batch, self.layer.heads, kept, self.layer.head_dim)
-        return Cache(empty, empty.clone(), torch.full((kept,), -1, device=like.device))
+        return Cache(empty, empty.clone(), torch.full((kept,), -1, device=like.device), places)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, state: Cache, bias: ScoreBias | None = None
     ) -> tuple[Tensor, Cache]:
-        place = state.slot if state.slot < state.k.shape[2] else 1 + (state.slot - 1) % (state.k.shape[2] - 1)
+        place = state.places[state.slot]
         state.k[:, :, place], state.v[:, :, place], state.slots[place] = k[:, :, 0], v[:, :, 0], state.slot
         query = torch.tensor(state.slot, device=q.device)
         kept = (self.visible()(query, state.slots) & (state.slots >= 0)).nonzero().squeeze(1)

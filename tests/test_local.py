@@ -1,0 +1,83 @@
+"""Local attention equals its oracle, and decodes, along every scan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import models
+from models.geometry import Grid, Scan, matrix
+from models.local import Local1D, Local2D
+from models.mixer import Layer, allot
+from models.orders import ORDERS
+
+LOCAL: list[tuple[type[Any], dict[str, int]]] = [(Local1D, {"window": 3}), (Local2D, {"radius": 1})]
+
+
+@pytest.mark.parametrize(("cls", "options"), LOCAL)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("objective", ["ar", "bert"])
+def test_every_backend_equals_the_oracle_along_every_scan(
+    cls: type[Any], options: dict[str, int], order: str, objective: str
+) -> None:
+    layer = Layer(Scan(Grid(9, 10), objective, order), heads=2, head_dim=4)
+    oracle = cls(layer, **options)
+    q, k, v = (torch.randn(2, 2, 90, 4, dtype=torch.float64) for _ in range(3))
+    for backend in (name for name in oracle.backends if not oracle.refusals(name)):
+        mixer = cls(Layer(layer.scan, 2, 4, backend=backend), **options)
+        assert_close(mixer(q, k, v), oracle.oracle(q, k, v), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["local1d", "local2d", "dense1d", "dense2d", "linear"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_decoding_along_a_scan_equals_the_full_pass(name: str, order: str) -> None:
+    torch.manual_seed(0)
+    model = models.build(name, height=3, width=5, vocab=4, dim=8, depth=2, heads=2, scan=order).double()
+    with torch.no_grad():
+        model.head.weight.normal_()  # type: ignore[union-attr, operator]
+        tokens = torch.randint(4, (2, 3, 5))
+        full = model(tokens).flatten(1, 2)[:, model.order]  # type: ignore[index]
+        state, pixel = model.start(2), None  # type: ignore[operator]
+        for slot, place in enumerate(model.order):  # type: ignore[arg-type]
+            logits, state = model.step(pixel, state)  # type: ignore[operator]
+            assert_close(logits, full[:, slot], rtol=1e-10, atol=1e-10)
+            pixel = tokens.flatten(1)[:, place]
+
+
+def test_local2d_sees_the_true_neighbours_whatever_the_scan() -> None:
+    """Of a target, on every scan: the pixels next to it that the scan has passed, and no other."""
+    for order in ORDERS:
+        scan = Scan(Grid(5, 5), order=order)
+        mask = matrix(Local2D(Layer(scan, 1, 4), radius=1).visible(), 25)
+        target = int(scan.rank[2 * 5 + 2])
+        row, col = scan.content(mask[target].nonzero().flatten()[1:])
+        passed = {(r, c) for r in (1, 2, 3) for c in (1, 2, 3) if int(scan.rank[r * 5 + c]) < target}
+        assert set(zip(row.tolist(), col.tolist(), strict=True)) == passed, order
+
+
+def test_decoding_keeps_no_more_than_the_window() -> None:
+    scan = Scan(Grid(20, 10))
+    like = torch.zeros(1)
+    assert Local1D(Layer(scan, 1, 4), window=7).start(1, like).k.shape[2] == 1 + 7
+    # 2R rows and columns of halo: R rows and R pixels before the target, and the start token.
+    assert Local2D(Layer(scan, 1, 4), radius=2).start(1, like).k.shape[2] <= 1 + 2 * 10 + 2 + 1
+
+
+def test_places_are_taken_again_only_after_their_last_use() -> None:
+    last_use = [9, 1, 2, 6, 4, 5, 9, 7, 9, 9]
+    places, count = allot(last_use)
+    held: dict[int, int] = {}
+    for slot, place in enumerate(places):
+        assert last_use[held.get(place, slot)] < slot or place not in held
+        held[place] = slot
+    assert count == max(sum(s <= t <= last for s, last in enumerate(last_use)) for t in range(10))
+
+
+@pytest.mark.parametrize(("name", "option"), [("local1d", "window"), ("local2d", "radius")])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "3"])
+def test_a_window_that_is_no_whole_number_is_refused(name: str, option: str, value: object) -> None:
+    with pytest.raises(ValueError, match=option):
+        models.build(name, height=3, width=3, vocab=2, **{option: value})  # type: ignore[arg-type]
