@@ -24,15 +24,25 @@ class DataConfig(Settings):
     """Which images, at which side, cut into which tokens."""
 
     name: Annotated[str, tyro.conf.arg(aliases=["--data"])] = "digits"
-    """digits, photos, fashion-mnist or folder:PATH."""
+    """digits, photos, fashion-mnist, folder:PATH or source:NAME (above, mesh, place, mirror, recall)."""
     side: PositiveInt | None = None
-    """Resize every image to side × side pixels (the down-sampling of C1); none keeps the native size."""
+    """Resize every image to side × side pixels (the down-sampling of C1); none: the native size, of a source 8."""
     tokens: Literal["auto", "levels", "palette"] = "auto"
     """levels: exact grey values; palette: k-means colours; auto: levels for grey images, else palette."""
     colours: PositiveInt = 512
     """Size of the palette."""
     root: Path | None = None
     """Folder that holds the data set's files, where the data set needs any."""
+    height: PositiveInt | None = None
+    """Rows of a source where its images are not square; none: side."""
+    width: PositiveInt | None = None
+    """Columns of a source where its images are not square; none: side."""
+    levels: PositiveInt | None = None
+    """Colours of a source, 2 to 256; none: 4."""
+    count: PositiveInt | None = None
+    """Training images that a source draws, a fifth as many each for validation and test; none: 10,000."""
+    options: Annotated[dict[str, Scalar], tyro.conf.arg(metavar="NAME VALUE")] = Field(default_factory=dict)
+    """A source's own options, also as --data.options.NAME VALUE."""
 
 
 class ModelConfig(Settings):

@@ -1,4 +1,4 @@
-"""Images and their fixed splits: by name (digits, photos, fashion-mnist) or by scheme (folder:PATH).
+"""Images and their fixed splits: by name (digits, photos, fashion-mnist) or by scheme (folder:PATH, source:NAME).
 
 A split is a function of an image's own pixels (a hash), never of a random state, so the same picture always falls on
 the same side and two copies of it never straddle a boundary. Sizes are brought to `--data.side` by exact area
@@ -25,6 +25,8 @@ from PIL import Image, ImageOps
 from attnbench import photos
 from attnbench.config import DataConfig
 from attnbench.errors import Refusal
+from attnbench.source import Source
+from attnbench.sources import build_source
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -52,7 +54,8 @@ class Dataset:
     """Three splits of one kind of image.
 
     levels: number of values a channel can take, 0..levels-1. checksum: sha256 (hex) over every native image's pixels,
-    label and split, in order; it does not depend on the side that the images were resized to.
+    label and split, in order; it does not depend on the side that the images were resized to. source: what drew the
+    images, if their exact likelihood is known; then all have one class, and a pixel's value is its colour.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Dataset:
     classes: tuple[str, ...]
     levels: int
     checksum: str
+    source: Source | None = None
 
 
 def load(config: DataConfig) -> Dataset:
@@ -72,6 +76,8 @@ def load(config: DataConfig) -> Dataset:
     if config.side is not None and config.side < 1:
         raise Refusal(f"side {config.side} does not fit; choose --data.side 1 or more")
     scheme, colon, rest = config.name.partition(":")
+    if scheme != "source" and (told := [name for name in OF_SOURCES if getattr(config, name) not in (None, {})]):
+        raise Refusal(f"--data.{told[0]} is for source:NAME, not for {config.name}; leave it out")
     if colon and scheme in SCHEMES:
         return SCHEMES[scheme](config, rest)
     if config.name in NAMED:
@@ -148,7 +154,8 @@ def _assemble(
                 "add more pictures, 50 or more as a rule"
             )
         parts[split] = Images(pixels[chosen], labels[chosen])
-    return Dataset(name, **parts, classes=tuple(classes), levels=levels, checksum=checksum.hexdigest())
+    train, validation, test = (parts[split] for split in SPLITS)
+    return Dataset(name, train, validation, test, tuple(classes), levels, checksum.hexdigest())
 
 
 # --- digits and photos: shipped within wheels -------------------------------------------------------------------------
@@ -348,6 +355,37 @@ def _brief(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
+# --- source:NAME, drawn here ------------------------------------------------------------------------------------------
+
+OF_SOURCES = ("height", "width", "levels", "count", "options")
+"""Settings that only sources have."""
+SOURCE_SIDE, SOURCE_LEVELS, SOURCE_COUNT = 8, 4, 10_000
+
+
+def _source(config: DataConfig, name: str) -> Dataset:
+    """Images of exactly known likelihood: `count` to train on and a fifth each to validate and to test, all alike."""
+    if config.tokens == "palette":
+        raise Refusal(f"source:{name}: its likelihood is that of its own colours; leave --data.tokens at auto")
+    side, levels = config.side or SOURCE_SIDE, config.levels or SOURCE_LEVELS
+    if not 2 <= levels <= 256:
+        raise Refusal(f"source:{name}: {levels} colours, but a source has 2 to 256; choose --data.levels within")
+    source = build_source(
+        name, height=config.height or side, width=config.width or side, colours=levels, **config.options
+    )
+    count = config.count or SOURCE_COUNT
+    counts = (count, max(1, count // 5), max(1, count // 5))
+    if sum(counts) * source.size > LARGEST:
+        raise Refusal(f"source:{name}: {count} images fill more than {LARGEST >> 30} GiB; choose a lower --data.count")
+    parts, checksum = {}, hashlib.sha256(repr(source).encode())
+    for seed, (split, images) in enumerate(zip(SPLITS, counts, strict=True)):
+        pixels = source.sample(images, seed).astype(np.uint8)[..., None]
+        checksum.update(split.encode() + pixels.tobytes())
+        parts[split] = Images(pixels, np.zeros(images, dtype=np.int64))
+    return Dataset(
+        f"source:{name}", **parts, classes=(name,), levels=levels, checksum=checksum.hexdigest(), source=source
+    )
+
+
 # --- names and schemes ------------------------------------------------------------------------------------------------
 
 NAMED: dict[str, Callable[[DataConfig], Dataset]] = {
@@ -356,5 +394,5 @@ NAMED: dict[str, Callable[[DataConfig], Dataset]] = {
     "fashion-mnist": _fashion,
 }
 """Data by name."""
-SCHEMES: dict[str, Callable[[DataConfig, str], Dataset]] = {"folder": _folder}
+SCHEMES: dict[str, Callable[[DataConfig, str], Dataset]] = {"folder": _folder, "source": _source}
 """Data as scheme:rest; a loader is given the settings and the rest."""
