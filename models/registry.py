@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 Cls = TypeVar("Cls", bound=type)
 
 OBJECTIVES = ("ar", "bert")
+SUPERVISED = "supervised"
+"""The objective of a model that is told the classes, and has no likelihood."""
 
 
 @dataclass(frozen=True)
