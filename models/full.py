@@ -7,6 +7,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from . import geometry
 from .geometry import Predicate
@@ -14,16 +15,45 @@ from .mixer import Cache, ExactMixer, ScoreBias
 from .registry import variant
 
 _IGPT = "Chen et al., Generative Pretraining from Pixels, ICML 2020"
+_ROFORMER = "Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021"
+_HEO = "Heo et al., Rotary Position Embedding for Vision Transformer, ECCV 2024"
+_ALIBI = "Press et al., Train Short, Test Long: Attention with Linear Biases, ICLR 2022"
+_SINUSOIDS = "Vaswani et al., Attention Is All You Need, NeurIPS 2017"
+_SWIN = "Liu et al., Swin Transformer, ICCV 2021 (relative position bias)"
+BLOCK = 128
+"""Queries whose scores "blocked" lays out at a time."""
+
 dense = partial(variant, family="dense", time="O(n²)", memory="O(n)")
 
 
 @dense("dense1d", summary="learned table, one vector a slot: iGPT itself", reference=_IGPT)
 @dense("dense-none", summary="causal mask only", reference=_IGPT, position="none")
+@dense("dense-sin1d", summary="sines and cosines of the place", reference=_SINUSOIDS, position="sin1d")
+@dense("dense-rope1d", summary="rotary by the place", reference=_ROFORMER, position="rope1d")
+@dense("dense-alibi1d", summary="linear bias on the distance along the scan", reference=_ALIBI, position="alibi1d")
 @dense("dense2d", summary="learned row vector + learned column vector", reference=_IGPT, position="learned2d")
+@dense(
+    "dense-sin2d", summary="half the channels encode the row, half the column", reference=_SINUSOIDS, position="sin2d"
+)
+@dense("dense-rope2d", summary="half of each head turned by row, half by column", reference=_HEO, position="rope2d")
+@dense("dense-mixed2d", summary="rotary by ω_r·row + ω_c·col, frequencies learned", reference=_HEO, position="mixed2d")
+@dense("dense-relbias2d", summary="a learned bias per head and (Δrow, Δcol)", reference=_SWIN, position="relbias2d")
+@dense("dense-alibi2d", summary="linear bias on |Δrow| + |Δcol|", reference=_ALIBI, position="alibi2d")
 class Dense(ExactMixer):
-    """softmax(QKᵀ/√d)V by a fused kernel ("sdpa"), or with the n×n scores laid out ("math")."""
+    """softmax(QKᵀ/√d)V.
 
-    backends = ("sdpa", "math")
+    "sdpa": a fused kernel, O(n) memory, but a bias on the scores is laid out, n² values a head, and kept for the
+    backward pass.  "blocked": runs of 128 queries, whose scores and bias are made again in the backward pass and so are
+    never kept for longer than the run; what "auto" takes where there is a bias.  "math": the n² scores laid out.
+    """
+
+    backends = ("sdpa", "blocked", "math")
+
+    def refusals(self, backend: str) -> list[str]:
+        return [] if backend == "blocked" else super().refusals(backend)
+
+    def _choose_backend(self, wanted: str) -> str:
+        return super()._choose_backend("blocked" if wanted == "auto" and self.layer.biased else wanted)
 
     def visible(self) -> Predicate:
         return geometry.everything(self.layer.scan)
@@ -34,14 +64,34 @@ class Dense(ExactMixer):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> Tensor:
         if self.backend == "math":
             return self.oracle(q, k, v, bias)
-        causal = self.layer.scan.causal
+        if self.backend == "blocked":
+            return self._blocked(q, k, v, bias)
         if bias is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        slot = torch.arange(q.shape[2], device=q.device)
-        scores = bias(slot[:, None], slot[None, :]).to(q.dtype)
-        if causal:
-            scores = scores.masked_fill(slot[:, None] < slot[None, :], float("-inf"))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=scores)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=self.layer.scan.causal)
+        return self._rows(q, k, v, 0, bias)
+
+    def _blocked(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None) -> Tensor:
+        if q.shape[2] <= BLOCK:
+            return self._rows(q, k, v, 0, bias)
+        runs = [
+            checkpoint(self._rows, rows, k, v, index * BLOCK, bias, use_reentrant=False, preserve_rng_state=False)
+            for index, rows in enumerate(q.split(BLOCK, dim=2))
+        ]
+        return torch.cat(runs, dim=2)
+
+    def _rows(self, q: Tensor, k: Tensor, v: Tensor, first: int, bias: ScoreBias | None) -> Tensor:
+        """The queries of the slots from `first` on, q (batch, heads, queries, head_dim), k and v all keys."""
+        causal = self.layer.scan.causal
+        end = first + q.shape[2] if causal else k.shape[2]
+        query, key = (
+            torch.arange(first, first + q.shape[2], device=q.device)[:, None],
+            torch.arange(end, device=q.device),
+        )
+        attn_mask = (key <= query) if causal else None
+        if bias is not None:
+            scores = bias(query, key[None]).to(q.dtype)
+            attn_mask = scores if attn_mask is None else scores.masked_fill(~attn_mask, float("-inf"))
+        return F.scaled_dot_product_attention(q, k[:, :, :end], v[:, :, :end], attn_mask=attn_mask)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, state: Cache, bias: ScoreBias | None = None

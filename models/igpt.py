@@ -213,6 +213,7 @@ def initialise(model: ImageGPT) -> None:
             parameter.zero_()
         else:
             parameter.normal_(0.0, _sigma(name, dim, model.depth), generator=generator)
+    model.position.initialise()
 
 
 def _sigma(name: str, dim: int, depth: int) -> float:

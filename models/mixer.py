@@ -46,7 +46,7 @@ class Mixer(nn.Module):
     backends: the implementations it has, the fastest first.
     """
 
-    gates: ClassVar[int] = 0
+    gates: int = 0
     carries: ClassVar[frozenset[str]] = frozenset({"embed"})
     backends: ClassVar[tuple[str, ...]] = ("math",)
 
@@ -121,7 +121,7 @@ class ExactMixer(Mixer):
     """
 
     carries = frozenset({"embed", "rotate", "bias"})
-    backends = ("blocked", "math")
+    backends: ClassVar[tuple[str, ...]] = ("blocked", "math")
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
