@@ -5,14 +5,18 @@ Shapes: q, k, v (batch, heads, seq, head_dim); φ(q), φ(k) (batch, heads, seq, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from . import reference
+from .full import Dense
 from .mixer import Layer, Mixer
+from .recurrence import Recurrent, cut, decayed, summed
 from .registry import variant
 
 
@@ -21,29 +25,12 @@ class Sums:
     """What decoding keeps: memory Σ φ(k) vᵀ (batch, heads, width, head_dim + 1), the mass Σ φ(k) as last column."""
 
     memory: Tensor
+    slot: int = 0
 
 
 def _with_ones(v: Tensor) -> Tensor:
     """A last channel of ones: its sum is the normaliser, carried along for nothing."""
-    return torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-
-
-def _normalised(out: Tensor) -> Tensor:
-    return out[..., :-1] / out[..., -1:]
-
-
-def chunked(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
-    """Σ over keys no later than the query of (q·k) v: matrix products inside a chunk, a running state between chunks.
-
-    O(n·(chunk + width)·head_dim) time, O(n·width·head_dim / chunk) extra memory.
-    """
-    size = q.shape[2]
-    pad = -size % chunk
-    q, k, v = (F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, chunk)) for x in (q, k, v))  # (b, h, chunks, chunk, d)
-    within = (q @ k.mT).tril() @ v
-    before = (k.mT @ v).cumsum(dim=2)
-    before = F.pad(before, (0, 0, 0, 0, 1, -1))  # the state at a chunk's start: the sum over the chunks before
-    return (within + q @ before).flatten(2, 3)[:, :, :size]
+    return F.pad(v, (0, 1), value=1.0)
 
 
 @variant(
@@ -54,42 +41,258 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
     summary="φ = elu + 1",
     reference="Katharopoulos et al., Transformers are RNNs, ICML 2020",
 )
-class Linear(Mixer):
-    """φ(q) Σ φ(k) vᵀ / φ(q) Σ φ(k), φ(x) = elu(x) + 1."""
+class Linear(Recurrent):
+    """φ(q) Σ φ(k) vᵀ / φ(q) Σ φ(k), φ(x) = elu(x) + 1.
 
-    backends = ("blocked",)
+    The normaliser is at least `floor`, which the paper's code adds to it: φ can be 0 in floating point.
+    """
 
-    def __init__(self, layer: Layer, *, chunk: int = 64) -> None:
-        super().__init__(layer)
-        if chunk < 1:
-            raise ValueError(f"chunk must be at least 1, not {chunk}")
-        self.chunk = chunk
+    carries = frozenset({"embed"})  # φ(q)·φ(k) of rotated queries and keys would not depend on the offset alone
+    floor = 1e-6
 
-    def feature(self, x: Tensor) -> Tensor:
-        return F.elu(x) + 1
+    def __init__(self, layer: Layer, *, chunk: int = 0) -> None:
+        super().__init__(layer, chunk=chunk)
+        self.width = layer.head_dim
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def feature(self, x: Tensor, first: int = 0) -> Tensor:
+        """φ of queries or keys of consecutive slots, of which `first` is the first."""
+        return x.clamp(max=0).exp() + x.relu()  # elu(x) + 1, but to the last digit below 0 too
+
+    def normalised(self, out: Tensor) -> Tensor:
+        return out[..., :-1] / out[..., -1:].clamp(min=self.floor)
+
+    def parallel(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
         q, k, v = self.feature(q), self.feature(k), _with_ones(v)
         if self.layer.scan.causal:
-            return _normalised(chunked(q, k, v, min(self.chunk, q.shape[2])))
-        return _normalised(q @ (k.mT @ v))
+            return self.normalised(summed(q, k, v, min(self.chunk, q.shape[2])))
+        return self.normalised(q @ (k.mT @ v))
 
-    def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference.linear_attention(q, k, v, self.feature, self.layer.scan.causal)
+    def oracle(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
+        return reference.linear_attention(q, k, v, lambda x: F.elu(x) + 1, self.layer.scan.causal, self.floor)
 
     def start(self, batch: int, like: Tensor) -> Sums:
-        width = self.feature(like.new_zeros(1, self.layer.head_dim)).shape[-1]
-        return Sums(like.new_zeros(batch, self.layer.heads, width, self.layer.head_dim + 1))
+        return Sums(self.zeros(batch, like, self.width, self.layer.head_dim + 1))
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, state: Sums) -> tuple[Tensor, Sums]:
-        memory = state.memory + self.feature(k).mT @ _with_ones(v)
-        return _normalised(self.feature(q) @ memory), Sums(memory)
+    def advance(self, q: Tensor, k: Tensor, v: Tensor, state: Sums, **extras: Tensor) -> tuple[Tensor, Sums]:
+        memory = state.memory + self.feature(k, state.slot).mT @ _with_ones(v)
+        return self.normalised(self.feature(q, state.slot) @ memory), Sums(memory, state.slot + 1)
 
     def flops(self) -> int:
         """Within a chunk the scores and their use, between chunks the state's making and its use."""
-        n, d, heads = self.layer.size, self.layer.head_dim, self.layer.heads
+        channels, state = self.layer.head_dim + 1, 4 * self.width * (self.layer.head_dim + 1)
         if not self.layer.scan.causal:
-            return 4 * heads * n * d * (d + 1)
-        chunk = min(self.chunk, n)
-        padded = -(-n // chunk) * chunk
-        return heads * padded * (2 * chunk * d + 2 * chunk * (d + 1) + 4 * d * (d + 1))
+            return self.layer.heads * self.layer.size * state
+        chunk, slots = self.fitting()
+        return self.layer.heads * slots * (2 * chunk * (self.width + channels) + (state if slots > chunk else 0))
+
+
+@variant(
+    "performer",
+    family="linear",
+    time="O(n·d²·log d)",
+    memory="O(n·d·log d)",
+    summary="FAVOR+: positive orthogonal random features of the softmax kernel",
+    reference="Choromanski et al., Rethinking Attention with Performers, ICLR 2021",
+)
+class Performer(Linear):
+    """exp(q·k/√d) as the mean over f of φ_f(q) φ_f(k), φ_f(x) = exp(w_f·x - |x|²/2), x divided by d^¼.
+
+    The directions w_f of each head are orthogonal in groups of d and as long as Gaussian vectors (the mean stays
+    unbiased); they are a function of `seed`, the layer and the head, and saved with the model.
+    features: how many; 0 for d·ln d, the paper's.
+
+    Only ratios matter, so each query's features are divided by the largest, and each key's by the largest of any key
+    *so far*, whose rise is a decay of the older ones: nothing overflows, and nothing of a later key is used.
+    """
+
+    carries = frozenset({"embed", "rotate"})
+    floor = 1e-30  # the ratios of a query and keys with no direction in common
+    directions: Tensor  # (heads, features, head_dim)
+
+    def __init__(self, layer: Layer, *, features: int = 0, seed: int = 0, chunk: int = 0) -> None:
+        super().__init__(layer, chunk=chunk)
+        if not isinstance(features, int) or features < 0:
+            raise ValueError(f"features must be a whole number, or 0 for d·ln d, not {features!r}")
+        self.width = features or max(1, math.ceil(layer.head_dim * math.log(layer.head_dim)))
+        directions = orthogonal_directions(layer.heads, self.width, layer.head_dim, seed, layer.index)
+        # Drawn on the CPU on any machine; then wherever the model is being built.
+        self.register_buffer("directions", directions.to(torch.empty(()).device, torch.get_default_dtype()))
+
+    def log_feature(self, x: Tensor) -> Tensor:
+        x = x * self.layer.head_dim**-0.25
+        return x @ self.directions.to(x.dtype).mT - (x * x).sum(-1, keepdim=True) / 2
+
+    def parallel(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
+        q, k, v = self.log_feature(q), self.log_feature(k), _with_ones(v)
+        largest = k.detach().amax(-1, keepdim=True)
+        causal = self.layer.scan.causal
+        peak = largest.cummax(2).values if causal else largest.amax(2, keepdim=True)
+        q, k = (q - q.detach().amax(-1, keepdim=True)).exp(), (k - peak).exp()
+        if not causal:
+            return self.normalised(q @ (k.mT @ v))
+        rise = F.pad(peak[:, :, :-1] - peak[:, :, 1:], (0, 0, 1, 0))[..., 0]
+        return self.normalised(decayed(q, k, v, rise, min(self.chunk, q.shape[2])))
+
+    def oracle(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
+        return reference.linear_attention(q, k, v, lambda x: self.log_feature(x).exp(), self.layer.scan.causal)
+
+    def start(self, batch: int, like: Tensor) -> Sums:
+        """As a last row of the memory the logarithm by which all of it is divided."""
+        memory = self.zeros(batch, like, self.width + 1, self.layer.head_dim + 1)
+        memory[..., -1, :] = float("-inf")
+        return Sums(memory)
+
+    def advance(self, q: Tensor, k: Tensor, v: Tensor, state: Sums, **extras: Tensor) -> tuple[Tensor, Sums]:
+        memory, peak = state.memory[..., :-1, :], state.memory[..., -1:, :1]
+        q, k = self.log_feature(q), self.log_feature(k)
+        new = torch.maximum(peak, k.amax(-1, keepdim=True))
+        memory = memory * (peak - new).exp() + (k - new).exp().mT @ _with_ones(v)
+        out = self.normalised((q - q.amax(-1, keepdim=True)).exp() @ memory)
+        return out, Sums(torch.cat([memory, new.expand(*memory.shape[:2], 1, memory.shape[3])], dim=2), state.slot + 1)
+
+    def flops(self) -> int:
+        return super().flops() + 4 * self.layer.heads * self.layer.size * self.width * self.layer.head_dim
+
+
+def orthogonal_directions(heads: int, count: int, head_dim: int, seed: int, layer: int) -> Tensor:
+    """float64 (heads, count, head_dim) on the CPU: orthogonal in groups of head_dim, as long as Gaussian vectors."""
+    generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + layer) % 2**63)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+
+    groups = -(-count // head_dim)
+    turned, triangle = torch.linalg.qr(normal(heads, groups, head_dim, head_dim))
+    turned = turned * triangle.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]  # else not uniform over rotations
+    return (turned.flatten(1, 2) * normal(heads, groups * head_dim, head_dim).norm(dim=-1, keepdim=True))[:, :count]
+
+
+@variant(
+    "cosformer",
+    family="linear",
+    time="O(n·d²)",
+    memory="O(n·d)",
+    summary="ReLU, weighted by the cosine of the distance along the scan",
+    reference="Qin et al., cosFormer: Rethinking Softmax in Attention, ICLR 2022",
+)
+class CosFormer(Linear):
+    """Weight relu(q_i)·relu(k_j) cos(π/2 · (i - j)/n), i and j slots, so that no weight is negative; normalised.
+
+    cos(a - b) = cos a cos b + sin a sin b makes it a feature map of twice the width.  The start token is a key at slot
+    0 like any other.  A query that shares no channel with any key reads 0; the floor of 1e-6 is the paper's code's.
+    """
+
+    def __init__(self, layer: Layer, *, chunk: int = 0) -> None:
+        super().__init__(layer, chunk=chunk)
+        self.width = 2 * layer.head_dim
+
+    def feature(self, x: Tensor, first: int = 0) -> Tensor:
+        slot = torch.arange(first, first + x.shape[2], device=x.device, dtype=x.dtype)[:, None]
+        angle = slot * (math.pi / 2 / self.layer.size)
+        return torch.cat([x.relu() * angle.cos(), x.relu() * angle.sin()], dim=-1)
+
+    def oracle(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
+        slot = torch.arange(q.shape[2], device=q.device, dtype=q.dtype)
+        distance = slot[:, None] - slot[None, :]
+        weight = (distance * (math.pi / 2 / self.layer.size)).cos()
+        if self.layer.scan.causal:
+            weight = weight.masked_fill(distance < 0, 0.0)
+        return self.normalised(reference.weighted_attention(q.relu(), k.relu(), _with_ones(v), weight[None]))
+
+
+@variant(
+    "based",
+    family="linear",
+    time="O(n·d³)",
+    memory="O(n·d)",
+    summary="second-order Taylor map of the softmax kernel, exact and unprojected",
+    reference="Arora et al., Simple linear attention language models balance the recall-throughput tradeoff, ICML 2024",
+)
+class Based(Linear):
+    """Weight 1 + s + s²/2 ≥ ½, s = q·k/√d; normalised.
+
+    The paper projects q and k down to 16 channels first; here they keep all d, and the feature map of the symmetric
+    square has the width 1 + d + d(d + 1)/2: the state is O(d³) a head.  Within a chunk the weight is a function of the
+    score; features are made for the state alone, a chunk at a time, and made anew in the backward pass.
+    chunk: slots a chunk; 0 for the feature map's width, at least 64, where scores and state cost the same.
+    """
+
+    carries = frozenset({"embed", "rotate"})
+
+    def __init__(self, layer: Layer, *, chunk: int = 0) -> None:
+        d = layer.head_dim
+        width = 1 + d + d * (d + 1) // 2
+        super().__init__(layer, chunk=max(64, width) if chunk == 0 else chunk)
+        self.width = width
+
+    def feature(self, x: Tensor, first: int = 0) -> Tensor:
+        x = x * self.layer.head_dim**-0.25
+        own = x * 0.5**0.5  # a square stands once in the sum over pairs, a product twice
+        squares = [x[..., i, None] * torch.cat([own[..., i, None], x[..., i + 1 :]], -1) for i in range(x.shape[-1])]
+        return torch.cat([torch.ones_like(x[..., :1]), x, *squares], dim=-1)
+
+    def parallel(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
+        size = q.shape[2]
+        chunk, _ = self.fitting()
+        pieces = [cut(x, chunk).unbind(2) for x in (q, k, _with_ones(v))]
+        memory = q.new_zeros(*q.shape[:2], self.width, v.shape[-1] + 1)
+        if causal := self.layer.scan.causal:
+            read = self._read_causal if size > chunk else self._read_alone
+        else:
+            read = self._read_all
+            for piece in zip(*pieces[1:], strict=True):
+                memory = checkpoint(self._remember, *piece, memory, use_reentrant=False)
+        out = []
+        for piece in zip(*pieces, strict=True):
+            out.append(checkpoint(read, *piece, memory, use_reentrant=False))
+            if causal and len(out) * chunk < size:
+                memory = checkpoint(self._remember, *piece[1:], memory, use_reentrant=False)
+        return self.normalised(torch.cat(out, dim=2)[:, :, :size])
+
+    def _remember(self, k: Tensor, v: Tensor, memory: Tensor) -> Tensor:
+        return memory + self.feature(k).mT @ v
+
+    def _read_all(self, q: Tensor, k: Tensor, v: Tensor, memory: Tensor) -> Tensor:
+        return self.feature(q) @ memory
+
+    def _read_alone(self, q: Tensor, k: Tensor, v: Tensor, memory: Tensor) -> Tensor:
+        score = q @ k.mT * self.layer.head_dim**-0.5
+        return (1 + score + score * score / 2).tril() @ v
+
+    def _read_causal(self, q: Tensor, k: Tensor, v: Tensor, memory: Tensor) -> Tensor:
+        return self._read_alone(q, k, v, memory) + self._read_all(q, k, v, memory)
+
+    def oracle(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
+        def taylor(x: Tensor) -> Tensor:
+            x = x * self.layer.head_dim**-0.25
+            square = (x[..., :, None] * x[..., None, :]).flatten(-2) * 0.5**0.5
+            return torch.cat([torch.ones_like(x[..., :1]), x, square], dim=-1)
+
+        return reference.linear_attention(q, k, v, taylor, self.layer.scan.causal)
+
+    def flops(self) -> int:
+        """Scores have head_dim channels, not the feature map's; the last chunk makes no state."""
+        d, channels = self.layer.head_dim, self.layer.head_dim + 1
+        chunk, slots = self.fitting()
+        if not self.layer.scan.causal:
+            return self.layer.heads * slots * 4 * self.width * channels
+        state = (2 * slots - chunk) * 2 * self.width * channels if slots > chunk else 0
+        return self.layer.heads * (slots * 2 * chunk * (d + channels) + state)
+
+
+@variant(
+    "hybrid-linear",
+    family="hybrid",
+    time="mixed",
+    memory="O(n·d)",
+    summary="one dense layer for every `every` linear layers",
+    reference="Katharopoulos et al., ICML 2020, and Chen et al., Image GPT, ICML 2020, in turns",
+)
+class HybridLinear(Mixer):
+    """Makes `every` linear layers, then a dense one, and so on; a trunk too shallow for that ends with a dense one."""
+
+    def __new__(cls, layer: Layer, *, every: int = 3) -> Mixer:  # type: ignore[misc]  # one of two others
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be a whole number of layers, at least 1, not {every!r}")
+        dense = layer.index % (every + 1) == min(every, layer.depth - 1)
+        return Dense(layer) if dense else Linear(layer)
