@@ -142,6 +142,11 @@ def whole(name: str, value: object, least: int) -> None:
         raise Refusal(f"a source needs {name} to be a whole number, {least} or more, not {value!r}; choose another")
 
 
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise Refusal(f"a source needs {name} to be true or false, not {value!r}; choose one")
+
+
 def number(name: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise Refusal(f"a source needs {name} to be a number from {low} to {high}, not {value!r}; choose another")

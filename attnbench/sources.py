@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnbench.errors import Refusal
-from attnbench.source import Floats, Images, Mask, Source, earlier, number, share, surprise, whole
+from attnbench.source import Floats, Images, Mask, Source, earlier, flag, number, share, surprise, whole
 
 
 @dataclass(frozen=True)
@@ -196,29 +196,32 @@ class Mirror(Source):
 class Recall(Source):
     """Pairs of colours, shown above, must be looked up below: a state must hold them all (C5).
 
-    The raster is read two pixels at a time. The first `pairs` twos show a key and its value: keys differ, values are
-    free. Every further two asks for one of the keys shown, at random, and answers with its value. Each key and each
-    answer is drawn afresh with probability `noise`, so no image is impossible: of a key shown twice the last value
-    counts, and a key that was not shown has any value. An odd last pixel is a question without its answer. pairs: by
-    default as many as leave half of the image to questions, and no more than the colours. As multi-query associative
-    recall (Arora et al., Zoology, 2023), on a grid.
+    The raster is read two pixels at a time. The first `pairs` twos show a key and its value: the keys are the colours
+    from 0 on, or, `shuffled`, any different ones in any order; values are free. Every further two asks for one of the
+    keys shown, at random, and answers with its value. Keys and answers are drawn afresh with probability `noise`,
+    so no image is impossible: of a key shown twice the last value counts, one that was not shown has any value. An odd
+    last pixel is a question without its answer. pairs: by default as many as leave half of the image to questions, and
+    no more than the colours. Keys in order can be found by where they stand, in one layer; shuffled they must be found
+    by what they are, in two: multi-query associative recall (Arora et al., Zoology, 2023), on a grid.
 
-    The first row shows 5→2, 0→0, 6→7 and 4→5; the second asks for 5, 6, 5, but noise spoils an answer, and 5 again:
+    The first row shows 0→2, 1→0, 2→7 and 3→5; the second asks for 2, 3, 3 and 2, and noise spoils an answer:
 
     >>> print(Recall(height=3, width=8, colours=8, pairs=4).sample(1, seed=0)[0])
-    [[5 2 0 0 6 7 4 5]
-     [5 2 6 0 6 5 5 2]
-     [6 7 4 5 0 0 5 2]]
+    [[0 2 1 0 2 7 3 5]
+     [2 7 3 0 3 5 2 7]
+     [3 5 1 0 0 2 2 7]]
     """
 
     name = "recall"
 
     noise: float = 0.05
     pairs: int | None = None
+    shuffled: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         share("noise", self.noise)
+        flag("shuffled", self.shuffled)
         if self.pairs is None:
             return
         whole("pairs", self.pairs, least=1)
@@ -238,10 +241,10 @@ class Recall(Source):
     def conditional(self, images: Images, row: int, col: int) -> Floats:
         sequence, t, shown = images.reshape(len(images), self.size), row * self.width + col, self.shown
         keys, values = sequence[:, 0:shown:2], sequence[:, 1:shown:2]
-        if t % 2 == 0:
-            return self._one_of(self._among(keys)) if t >= shown else self._one_of(~self._among(keys[:, : t // 2]))
         if t < shown:
-            return self.uniform(len(images))
+            return self.uniform(len(images)) if t % 2 else self._key(keys[:, : t // 2])
+        if t % 2 == 0:
+            return self._one_of(self._among(keys))
         match = keys == sequence[:, t - 1, None]
         answers = self.uniform(len(images))
         if shown:
@@ -251,14 +254,13 @@ class Recall(Source):
         return answers
 
     def entropy(self) -> Floats:
-        """Exact: how many different keys have been shown is a Markov chain, and the keys' symmetry does the rest."""
+        """Exact, for of the keys shown only their number matters."""
         pairs, free = self.shown // 2, math.log(self.colours)
-        sequence, different = np.full(self.size, free), np.arange(pairs + 1)
-        new = 1 - self.noise * different / self.colours  # the chance that one more key is another than those so far
-        chance = np.eye(pairs + 1)[0]
-        for pair in range(pairs):
-            sequence[2 * pair] = chance @ self._choice_nats(self.colours - different)
-            chance[1:], chance[0] = (chance * (1 - new))[1:] + (chance * new)[:-1], chance[0] * (1 - new[0])
+        sequence, different, chance = np.full(self.size, free), np.arange(pairs + 1), self._different(pairs)
+        sequence[: 2 * pairs : 2] = self.copy_nats(self.noise)
+        if self.shuffled:
+            left = self._choice_nats(self.colours - different)
+            sequence[: 2 * pairs : 2] = [self._different(pair) @ left for pair in range(pairs)]
         if pairs:
             known = 1 - self.noise + self.noise * different / self.colours
             sequence[2 * pairs :: 2] = chance @ self._choice_nats(different)
@@ -268,17 +270,38 @@ class Recall(Source):
     def gap(self, visible: Mask) -> Floats | None:
         """0 where each key sees the keys shown before it, and each answer its question and all pairs; else unknown."""
         seen, shown = earlier(self, visible), self.shown
-        for t in range(self.size):
-            needed = np.arange(min(t, shown))
-            if t % 2 == 0:
-                needed = needed[::2]
-            elif t < shown:
-                continue
+        for t in range(self.size if shown else 0):
+            pairs = np.arange(min(t, shown))
+            if t < shown:
+                needed = pairs[::2] if self.shuffled and t % 2 == 0 else pairs[:0]
             else:
-                needed = np.append(needed, t - 1)
-            if shown and not seen[t, needed].all():
+                needed = np.append(pairs, t - 1) if t % 2 else pairs[::2]
+            if not seen[t, needed].all():
                 return None
         return np.zeros((self.height, self.width))
+
+    def _key(self, before: Images) -> Floats:
+        """The next key shown, after those before it (count, so far)."""
+        if self.shuffled:
+            return self._one_of(~self._among(before))
+        return self.copied(np.full(len(before), before.shape[1]), self.noise)
+
+    def _different(self, keys: int) -> Floats:
+        """(pairs + 1,): the chance of each number of different colours among the first `keys` keys."""
+        chance, number_of = np.zeros(self.shown // 2 + 1), np.arange(self.shown // 2 + 1)
+        if self.shuffled:
+            chance[0] = 1
+            for _ in range(keys):
+                chance = _one_more(chance, 1 - self.noise * number_of / self.colours)
+            return chance
+        afresh = np.ones(1)  # the chance of each number of keys drawn afresh
+        for _ in range(keys):
+            afresh = np.convolve(afresh, [1 - self.noise, self.noise])
+        # The others all differ, and each drawn afresh may hit any colour: Horner's rule over the number of these.
+        for many in reversed(range(keys + 1)):
+            chance = _one_more(chance, 1 - number_of / self.colours)
+            chance[keys - many] += afresh[many]
+        return chance
 
     def _among(self, keys: Images) -> Mask:
         """bool (count, colours): which colours are among the keys (count, so far)."""
@@ -297,6 +320,13 @@ class Recall(Source):
         rare, often = self.noise / self.colours, self.noise / self.colours + (1 - self.noise) / np.maximum(many, 1)
         nats = (self.colours - many) * surprise(rare) + many * surprise(often)
         return np.where(many > 0, nats, math.log(self.colours))
+
+
+def _one_more(chance: Floats, new: Floats) -> Floats:
+    """Chances of each number of different colours after one more, which is new with probability `new`, both (many,)."""
+    grown = chance * (1 - new)
+    grown[1:] += (chance * new)[:-1]
+    return grown
 
 
 SOURCES: dict[str, type[Source]] = {source.name: source for source in (Above, Mesh, Place, Mirror, Recall)}

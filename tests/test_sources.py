@@ -39,6 +39,10 @@ TINY: list[tuple[str, int, int, int, dict[str, Any]]] = [
     ("recall", 2, 4, 2, {"pairs": 2, "noise": 0.5}),
     ("recall", 3, 3, 2, {"pairs": 2, "noise": 0.2}),
     ("recall", 2, 3, 3, {"pairs": 2, "noise": 0}),
+    ("recall", 2, 4, 3, {"pairs": 3, "noise": 0.4, "shuffled": True}),
+    ("recall", 2, 4, 3, {"pairs": 3, "noise": 0.4}),
+    ("recall", 2, 3, 3, {"pairs": 2, "shuffled": True}),
+    ("recall", 2, 3, 3, {"pairs": 2, "noise": 0, "shuffled": True}),
     ("recall", 1, 3, 2, {}),
     ("recall", 3, 1, 2, {}),
 ]
@@ -228,18 +232,22 @@ def test_mirror_mirrors_the_upper_half_and_leaves_the_middle_row_free(height: in
     assert (upper[:, 1:] == upper[:, :-1]).mean() == pytest.approx(1 / 4, abs=0.02)
 
 
-def test_recall_answers_with_the_value_shown() -> None:
-    source = build_source("recall", height=4, width=8, colours=9, pairs=6, noise=0)
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_recall_answers_with_the_value_shown(shuffled: bool) -> None:
+    source = build_source("recall", height=4, width=8, colours=9, pairs=6, noise=0, shuffled=shuffled)
+    in_order = 0
     for image in source.sample(200, seed=0):
         twos = [(int(key), int(value)) for key, value in image.reshape(-1, 2)]
         table = dict(twos[:6])
         assert len(table) == 6
         assert all(table[key] == value for key, value in twos[6:])
+        in_order += list(table) == list(range(6))
+    assert in_order == (0 if shuffled else 200)
 
 
 def test_recall_shows_as_many_pairs_as_asked() -> None:
     def shown(pairs: int | None) -> int:
-        source = build_source("recall", height=8, width=8, colours=20, pairs=pairs, noise=0)
+        source = build_source("recall", height=8, width=8, colours=20, pairs=pairs, noise=0, shuffled=True)
         first = np.isclose(np.exp(source.log_prob(source.sample(1, 0))), 1).reshape(-1)
         return int(first.argmax()) // 2  # the first certain pixel is the first answer
 
@@ -303,7 +311,10 @@ def test_a_radius_of_one_is_enough_for_mesh_and_the_upper_right_pixel_is_needed(
     assert source.gap(near & (np.subtract.outer(np.arange(20), np.arange(20)) != 4)) is None
 
 
-@pytest.mark.parametrize("name, options", [("above", {}), ("place", {}), ("mirror", {}), ("recall", {"pairs": 9})])
+@pytest.mark.parametrize(
+    "name, options",
+    [("above", {}), ("place", {}), ("mirror", {}), ("recall", {"pairs": 9}), ("recall", {"shuffled": True})],
+)
 def test_the_optimum_is_what_samples_cost(name: str, options: dict[str, Any]) -> None:
     source = build(name, 6, 7, 11, options)
     nats = -source.log_prob(source.sample(4000, seed=0)).mean(axis=(1, 2))
@@ -343,6 +354,7 @@ def test_what_no_source_can_be_is_refused(name: str, wrong: dict[str, Any], caus
         ("recall", {"pairs": 0}, "1 or more"),
         ("recall", {"pairs": 2.0}, "whole number"),
         ("recall", {"pairs": 5}, "ask for 4 or fewer"),
+        ("recall", {"shuffled": 1}, "true or false"),
         ("above", {"niose": 0.1}, "did you mean 'noise'"),
         ("mesh", {"xyz": 0.1}, "known: coupling"),
         ("abvoe", {}, "did you mean 'above'"),
