@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
@@ -54,8 +54,9 @@ class ModelConfig(Settings):
     """Number of blocks."""
     heads: PositiveInt = 4
     """Attention heads; must divide dim."""
-    objective: Literal["ar", "bert"] = "ar"
-    """ar: next pixel; bert: 15 % of the pixels hidden, loss on those alone."""
+    objective: Literal["ar", "bert", "supervised"] = "ar"
+    """ar: next pixel; bert: 15 % of the pixels hidden, loss on those alone; supervised: the class, for the one variant
+    that learns nothing else, which takes it by itself."""
     backend: str = "auto"
     """Which implementation of the attention; auto picks the fastest exact one and the record names it."""
     options: Annotated[dict[str, Scalar], tyro.conf.arg(metavar="NAME VALUE")] = Field(default_factory=dict)
@@ -146,6 +147,8 @@ class RunConfig(Settings):
     """Which attention: a name of models.VARIANTS."""
     position: str | None = None
     """Positional encoding in place of the variant's own."""
+    scan: Literal["raster", "snake", "column", "hilbert", "random"] = "raster"
+    """The order in which the pixels are read."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Initial weights, data order, hidden pixels and samples all follow from it."""
     data: DataConfig = DataConfig()
@@ -163,9 +166,10 @@ class RunConfig(Settings):
     force: bool = False
     """Run again although a finished record exists."""
 
-    def identity(self) -> dict[str, object]:
-        """What makes two runs the same run: everything but where to write and whether to repeat."""
-        return self.model_dump(mode="json", exclude={"out", "force"})
+    def identity(self, exclude_defaults: bool = False) -> dict[str, Any]:
+        """What makes two runs the same run: not where files lie, nor whether to repeat."""
+        elsewhere: dict[str, Any] = {"out": True, "force": True, "data": {"root"}}
+        return self.model_dump(mode="json", exclude=elsewhere, exclude_defaults=exclude_defaults)
 
 
 def threads() -> int:

@@ -13,7 +13,21 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import models
-from attnbench import checkpoint, data, evaluate, measure, pictures, probe, record, storage, tokens, train
+from attnbench import (
+    checkpoint,
+    data,
+    evaluate,
+    measure,
+    pictures,
+    probe,
+    record,
+    regret,
+    storage,
+    supervised,
+    tokens,
+    train,
+    variants,
+)  # fmt: skip
 from attnbench.config import RunConfig, threads
 from attnbench.errors import Refusal
 from attnbench.sample import draw
@@ -36,6 +50,11 @@ class Prepared:
         height, width = self.splits["train"][0].shape[1:]
         return height, width, self.tokeniser.vocab
 
+    @property
+    def pictures(self) -> dict[str, int]:
+        """channels and classes, what a supervised model wants to know besides."""
+        return {"channels": self.dataset.train.pixels.shape[-1], "classes": max(2, len(self.dataset.classes))}
+
 
 def resolve(config: RunConfig) -> RunConfig:
     """Every "auto" that depends on the machine, decided.  Raises Refusal where CUDA is asked for and absent."""
@@ -46,8 +65,16 @@ def resolve(config: RunConfig) -> RunConfig:
     precision = config.train.precision
     if precision == "auto":
         precision = "bfloat16" if device == "cuda" else "float32"
+    objectives = variants.find(config.variant).objectives
+    objective: str = config.model.objective
+    if objective == RunConfig().model.objective and objective not in objectives:
+        objective = objectives[0]  # a model that is told the classes has no other
     return config.model_copy(
-        update={"device": device, "train": config.train.model_copy(update={"precision": precision})}
+        update={
+            "device": device,
+            "train": config.train.model_copy(update={"precision": precision}),
+            "model": config.model.model_copy(update={"objective": objective}),
+        }
     )
 
 
@@ -81,7 +108,7 @@ def execute(config: RunConfig, watch: Watch = lambda stage, step, loss: None) ->
     torch.set_num_threads(threads())
     storage.check_writable(config.out)
     prepared = prepare(config)
-    model = train.make_model(config, *prepared.shape)
+    model = train.make_model(config, *prepared.shape, **prepared.pictures)
     if config.force:
         checkpoint.clear(checkpoints(config))
     try:
@@ -104,7 +131,7 @@ def _identity(model: nn.Module, prepared: Prepared, config: RunConfig) -> dict[s
     return {
         "id": record.identify(config),
         "variant": config.variant,
-        "family": models.VARIANTS[config.variant].family,
+        "family": variants.find(config.variant).family,
         "backend": model.backend,
         "seed": config.seed,
         "config": config.identity(),
@@ -123,6 +150,8 @@ def _identity(model: nn.Module, prepared: Prepared, config: RunConfig) -> dict[s
 
 def _outcome(model: nn.Module, prepared: Prepared, config: RunConfig, watch: Watch) -> dict[str, Any]:
     """Everything that a run finds out."""
+    if config.model.objective == models.SUPERVISED:
+        return _supervised(model, prepared, config, watch)
     splits = prepared.splits
     validation = splits["validation"][0][: config.train.validation_images]
     progress = train.fit(
@@ -134,25 +163,20 @@ def _outcome(model: nn.Module, prepared: Prepared, config: RunConfig, watch: Wat
     test = evaluate.likelihood(model, splits["test"][0], config)
     watch("probe", 0, 0.0)
     accuracies: list[float] | None = None
-    if config.probe.enabled:
+    if config.probe.enabled and len(prepared.dataset.classes) > 1:
         accuracies = probe.accuracies(model, splits["train"], splits["validation"], splits["test"], config)
     watch("pictures", 0, 0.0)
     _leave(model, prepared, config)
     watch("memory and throughput", 0, 0.0)
     metrics = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "train_flops_per_image": 3 * model.flops(),  # type: ignore[operator]
         "nats_per_token": test.nats_per_token,
         "bits_per_token": evaluate.bits(test.nats_per_token),
         "bits_per_dim": prepared.tokeniser.bits_per_dim(test.nats_per_token),
         "validation_nats_per_token": progress.best,
-        "regret_nats_per_token": None,
+        **_yardsticks(model, test, prepared, config),
         "probe_accuracy": accuracies,
         "probe_accuracy_best": max(accuracies) if accuracies else None,
-        "predicted_train_peak_bytes": None,
-        "steps": progress.step,
-        "seconds": progress.seconds,
-        **_cost(prepared, config),
+        **_effort(model, progress, prepared, config),
     }
     return {
         "metrics": metrics,
@@ -160,6 +184,43 @@ def _outcome(model: nn.Module, prepared: Prepared, config: RunConfig, watch: Wat
         "per_image_nats": test.per_image.tolist(),
         "nll_map": test.by_pixel.tolist(),
     }
+
+
+def _supervised(model: nn.Module, prepared: Prepared, config: RunConfig, watch: Watch) -> dict[str, Any]:
+    """The same of a model that is told the classes."""
+    progress, test = supervised.fit(
+        model, prepared.dataset, config, checkpoints(config), lambda step, loss: watch("train", step, loss)
+    )
+    _leave(model, prepared, config)
+    watch("memory and throughput", 0, 0.0)
+    figures = dict.fromkeys(regret.YARDSTICKS) | supervised.metrics(progress, test)
+    return {
+        "metrics": figures | _effort(model, progress, prepared, config),
+        "curves": asdict(progress.curves),
+        "per_image_nats": None,
+        "per_image_correct": test.correct.tolist(),
+        "nll_map": None,
+    }
+
+
+def _effort(model: nn.Module, progress: train.Progress, prepared: Prepared, config: RunConfig) -> dict[str, Any]:
+    """What the run took."""
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_flops_per_image": 3 * model.flops(),  # type: ignore[operator]
+        "predicted_train_peak_bytes": None,
+        "steps": progress.step,
+        "seconds": progress.seconds,
+        **_cost(prepared, config),
+    }
+
+
+def _yardsticks(model: nn.Module, test: evaluate.Likelihood, prepared: Prepared, config: RunConfig) -> dict[str, Any]:
+    """Regret and what it is measured against; null but for images of a source, whose likelihood is known."""
+    if prepared.dataset.source is None or config.model.objective != "ar":
+        return dict.fromkeys(regret.YARDSTICKS)
+    images = prepared.splits["test"][0].numpy()
+    return regret.yardsticks(model, test.per_image.numpy(), prepared.dataset.source, images)
 
 
 def _cost(prepared: Prepared, config: RunConfig) -> dict[str, Any]:
@@ -170,7 +231,7 @@ def _cost(prepared: Prepared, config: RunConfig) -> dict[str, Any]:
     )  # fmt: skip
     if not config.measure:
         return cost
-    request = measure.Request(config, *prepared.shape)
+    request = measure.Request(config, *prepared.shape, **prepared.pictures)
     try:
         cost["train_peak_bytes"] = measure.peak_bytes(request)
         found = measure.throughput(request)

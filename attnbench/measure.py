@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnbench.config import RunConfig, threads
 
@@ -53,25 +53,28 @@ class Request:
     height: int
     width: int
     vocab: int
+    channels: int = 1
+    classes: int = 10
 
     def __post_init__(self) -> None:
         if "auto" in (self.config.device, self.config.train.precision):
             raise ValueError("measure what runs: resolve device and precision first")
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """height, width, vocab."""
-        return self.height, self.width, self.vocab
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """height, width, vocab, channels, classes."""
+        return self.height, self.width, self.vocab, self.channels, self.classes
 
     def dump(self) -> dict[str, Any]:
         """As JSON can hold it."""
-        shape = {"height": self.height, "width": self.width, "vocab": self.vocab}
+        shape = dict(zip(("height", "width", "vocab", "channels", "classes"), self.shape, strict=True))
         return {"config": self.config.model_dump(mode="json"), **shape}
 
     @classmethod
     def parse(cls, told: dict[str, Any]) -> Request:
         """Back from `dump`."""
-        return cls(RunConfig.model_validate(told["config"]), told["height"], told["width"], told["vocab"])
+        shape = (told[name] for name in ("height", "width", "vocab", "channels", "classes"))
+        return cls(RunConfig.model_validate(told["config"]), *shape)
 
 
 @dataclass(frozen=True)
@@ -310,12 +313,12 @@ def _measure_time(told: dict[str, Any]) -> dict[str, Any]:
 
     def step() -> None:
         batches.rotate()
-        train.train_step(model, optimiser, batches[0], 0, config)
+        train.train_step(model, optimiser, batches[0].inputs, 0, config, batches[0].labels)
 
     def evaluate() -> None:
         batches.rotate()
         with torch.no_grad(), train.autocast(config):
-            model(batches[0])
+            model(batches[0].inputs)
 
     def rate(work: Callable[[], None]) -> dict[str, float]:
         return asdict(rates(work, config.train.batch, share, config.device))
@@ -392,24 +395,40 @@ def tensors(value: object) -> Iterator[Tensor]:
 # --- what both children do --------------------------------------------------------------------------------------------
 
 
-def _batches(request: Request) -> list[Tensor]:
-    """BATCHES random batches, int64 (batch, height, width)."""
+class Batch(NamedTuple):
+    """Tokens int64 (batch, height, width); or pictures (batch, channels, height, width) and their labels (batch,)."""
+
+    inputs: Tensor
+    labels: Tensor | None = None
+
+
+def _batches(request: Request) -> list[Batch]:
+    """BATCHES random batches."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    size = (request.config.train.batch, request.height, request.width)
-    return [torch.randint(request.vocab, size, generator=generator).to(request.config.device) for _ in range(BATCHES)]
+    config, sides = request.config, (request.height, request.width)
+
+    def draw() -> Batch:
+        if config.model.objective != "supervised":
+            tokens = torch.randint(request.vocab, (config.train.batch, *sides), generator=generator)
+            return Batch(tokens.to(config.device))
+        images = torch.rand((config.train.batch, request.channels, *sides), generator=generator)
+        labels = torch.randint(request.classes, (config.train.batch,), generator=generator)
+        return Batch(images.to(config.device), labels.to(config.device))
+
+    return [draw() for _ in range(BATCHES)]
 
 
-def _train(request: Request, batches: list[Tensor]) -> None:
+def _train(request: Request, batches: list[Batch]) -> None:
     """Build the model and its optimiser, and train a step on each batch."""
     from attnbench import train
 
     model = train.make_model(request.config, *request.shape)
     optimiser = train.make_optimiser(model, request.config)
     model.train()
-    for step, tokens in enumerate(batches):
-        train.train_step(model, optimiser, tokens, step, request.config)
+    for step, (inputs, labels) in enumerate(batches):
+        train.train_step(model, optimiser, inputs, step, request.config, labels)
 
 
 KINDS = {"memory": _measure_memory, "time": _measure_time, "meter": _check_meter}

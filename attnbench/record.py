@@ -50,7 +50,7 @@ def identify(config: RunConfig) -> str:
     Settings at their default are left out, so that a new setting does not rename the records that never knew it.
     """
     name = config.data.name
-    told = config.model_dump(mode="json", exclude={"out", "force"}, exclude_defaults=True)
+    told = config.identity(exclude_defaults=True)
     told |= {"variant": config.variant, "seed": config.seed, "data": told.get("data", {}) | {"name": name}}
     if name.startswith("folder:"):  # the hash has the whole path; the name is for people
         name = f"folder-{Path(name).name}"

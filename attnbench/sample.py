@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @torch.no_grad()
 def draw(
-    model: nn.Module,
+    model: Any,
     count: int,
     generator: torch.Generator,
     temperature: float = 1.0,
@@ -20,14 +22,14 @@ def draw(
     The first `share` of the pixels is copied from `known` (count, height, width).
     """
     model.eval()
-    grid, order = model.scan.grid, model.order  # type: ignore[union-attr]
-    state = model.start(count)  # type: ignore[operator]
+    grid, order = model.scan.grid, model.order
+    state = model.start(count)
     given = None if known is None else known.flatten(1).to(order.device)[:, order]
     keep = round(share * grid.size) if given is not None else 0
     pixel: Tensor | None = None
     pixels: list[Tensor] = []
     for t in range(grid.size):
-        logits, state = model.step(pixel, state)  # type: ignore[operator]
+        logits, state = model.step(pixel, state)
         if given is not None and t < keep:
             pixel = given[:, t]
         else:

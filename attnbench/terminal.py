@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from attnbench.experiment import Watch
@@ -75,3 +87,72 @@ def rows(record: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield "decoding state", f"{metrics['state_bytes_per_image'] / 2**10:,.1f}", "KiB/image"
     if metrics.get("seconds"):
         yield "trained", f"{metrics['steps']:,} steps", f"{metrics['seconds']:.0f} s"
+
+
+def checks(names: list[str], options: dict[str, Any], out: Path, workers: int) -> int:
+    """Runs every check on every variant, a process a core, under a bar; prints what passed; 1 if any failed."""
+    from attnbench.checks import CHECKS
+
+    console = Console()
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_single_thread)
+    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
+    results: dict[str, dict[str, Any]] = {name: {} for name in names}
+    with pool, Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("checks", total=len(names) * len(CHECKS))
+        waiting = {pool.submit(_check, name, options, check): name for name in names for check in CHECKS}
+        pictures = [pool.submit(_picture, name, options, out) for name in names]
+        for done in as_completed(waiting):
+            verdict = done.result()
+            results[waiting[done]][verdict.check] = verdict
+            progress.update(task, advance=1, description=f"{waiting[done]}: {verdict.check}")
+        drawn = [path for path in (picture.result() for picture in pictures) if path is not None]
+    failures = _print_checks(console, results, list(CHECKS))
+    console.print(f"{len(drawn)} receptive fields in {out}", soft_wrap=True)
+    return 1 if failures else 0
+
+
+def _print_checks(console: Console, results: dict[str, dict[str, Any]], order: list[str]) -> int:
+    signs = {"passed": "[green]✓[/]", "failed": "[bold red]✗[/]", "n/a": "[dim]·[/]"}
+    out = Table(title="conformance", title_justify="left")
+    out.add_column("variant", no_wrap=True)
+    for number in range(1, len(order) + 1):
+        out.add_column(str(number), justify="center")
+    for name, verdicts in results.items():
+        out.add_row(name, *(signs[verdicts[check].status] for check in order))
+    if len(results) > 1:
+        console.print(out)
+        console.print(", ".join(f"{number} {check}" for number, check in enumerate(order, 1)))
+    failed = 0
+    for name, verdicts in results.items():
+        for check in order:
+            verdict = verdicts[check]
+            failed += verdict.status == "failed"
+            if verdict.status == "failed" or len(results) == 1:
+                console.print(f"{signs[verdict.status]} {name}: {check}: {escape(verdict.words)}", soft_wrap=True)
+    console.print(f"{sum(map(len, results.values())) - failed} held, {failed} failed")
+    return failed
+
+
+def _single_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _check(name: str, options: dict[str, Any], check: str) -> Any:
+    from attnbench.checks import Subject, examine
+
+    return examine(Subject(name, options), check)
+
+
+def _picture(name: str, options: dict[str, Any], out: Path) -> Path | None:
+    """Draws a receptive field; None for what has none (a supervised model)."""
+    import models
+    from attnbench import receptive, storage
+    from attnbench.checks import Subject
+
+    subject = Subject(name, options)
+    if subject.variant.objectives[0] not in models.OBJECTIVES:
+        return None
+    stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+    return storage.write_bytes(out / f"{stem}.png", receptive.picture(subject))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -20,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
-from attnbench import checkpoint
+from attnbench import checkpoint, variants
 from attnbench.config import RunConfig, TrainConfig
 from attnbench.errors import Refusal
+from attnbench.measure import Stopwatch
 
 HIDDEN_SHARE = 0.15  # Image GPT's BERT objective
 BETAS = (0.9, 0.95)  # Image GPT
@@ -52,18 +52,26 @@ class Progress:
     curves: Curves = field(default_factory=Curves)
 
 
-def make_model(config: RunConfig, height: int, width: int, vocab: int) -> nn.Module:
-    """The configured model on its device, its initial weights a function of config.seed.  Raises Refusal."""
+def make_model(
+    config: RunConfig, height: int, width: int, vocab: int, channels: int = 1, classes: int = 10
+) -> nn.Module:
+    """The configured model on its device, its initial weights a function of config.seed.  Raises Refusal.
+
+    Only a supervised model reads channels and tells classes apart.
+    """
     torch.manual_seed(config.seed)
     settings = config.model
+    variants.find(config.variant)
     try:
         model = models.build(
             config.variant, height=height, width=width, vocab=vocab, dim=settings.dim, depth=settings.depth,
             heads=settings.heads, objective=settings.objective, backend=settings.backend, position=config.position,
-            **settings.options,
-        ).to(config.device)  # fmt: skip
+            scan=config.scan, channels=channels, classes=classes, **settings.options,
+        )  # fmt: skip
     except (ValueError, TypeError) as error:
         raise Refusal(str(error)) from error
+    if config.device != "cpu":
+        model = model.to(config.device)
     if config.train.compile:
         model.compile()
     return model
@@ -114,8 +122,19 @@ def token_nats(model: nn.Module, tokens: Tensor, hidden: Tensor | None) -> Tenso
     return F.cross_entropy(logits.movedim(-1, 1).float(), tokens, reduction="none")
 
 
-def train_step(model: nn.Module, optimiser: torch.optim.Adam, tokens: Tensor, step: int, config: RunConfig) -> Tensor:
-    """One optimiser step on tokens (batch, height, width); the mean loss in nats per token, detached."""
+def class_nats(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """-log p of each picture's class, float32 (batch,)."""
+    return F.cross_entropy(model(images).float(), labels, reduction="none")
+
+
+def train_step(
+    model: nn.Module, optimiser: torch.optim.Adam, tokens: Tensor, step: int, config: RunConfig,
+    labels: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """One optimiser step on tokens (batch, height, width); the mean loss in nats per token, detached.
+
+    With labels (batch,), `tokens` are pictures (batch, channels, height, width) and the nats are those of the class.
+    """
     train = config.train
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(step, train)
@@ -124,15 +143,17 @@ def train_step(model: nn.Module, optimiser: torch.optim.Adam, tokens: Tensor, st
         hidden = hidden_pixels(tuple(tokens.shape), config.seed, step).to(tokens.device)
     optimiser.zero_grad(set_to_none=True)
     total = torch.zeros((), device=tokens.device)
+    none = [None] * train.accumulate
     parts = zip(
         tokens.chunk(train.accumulate),
-        [None] * train.accumulate if hidden is None else hidden.chunk(train.accumulate),
+        none if hidden is None else hidden.chunk(train.accumulate),
+        none if labels is None else labels.chunk(train.accumulate),
         strict=True,
     )
-    counted = tokens.numel() if hidden is None else hidden.sum()
-    for part, holes in parts:
+    counted = hidden.sum() if hidden is not None else (tokens if labels is None else labels).numel()
+    for part, holes, classes in parts:
         with autocast(config):
-            nats = token_nats(model, part, holes)
+            nats = token_nats(model, part, holes) if classes is None else class_nats(model, part, classes)
         loss = (nats.sum() if holes is None else nats[holes].sum()) / counted
         loss.backward()
         total += loss.detach()
@@ -148,26 +169,29 @@ def fit(
     config: RunConfig,
     folder: Path,
     report: Callable[[int, float], None] = lambda step, loss: None,
+    labels: Tensor | None = None,
 ) -> Progress:
     """Trains to config.train.steps, resuming from `folder`; leaves the best weights by validation in the model.
 
-    tokens int64 (count, height, width); `validate` gives nats per token; `report` is told step and loss.
+    tokens int64 (count, height, width), or pictures with their labels (count,) as `train_step` takes them; `validate`
+    gives nats per token (or label); `report` is told step and loss.
     Ctrl-C saves a checkpoint before it goes on.  Raises Diverged.
     """
     train = config.train
     optimiser = make_optimiser(model, config)
     progress, best = _resume(model, optimiser, folder)
-    began = time.monotonic() - progress.seconds
+    before, watch = progress.seconds, Stopwatch()
 
     def save() -> None:
-        progress.seconds = time.monotonic() - began
+        progress.seconds = before + watch.seconds
         checkpoint.save(folder, progress.step, _tensors(model, optimiser, best), asdict(progress))
 
     model.train()
     try:
         while progress.step < train.steps:
             chosen = batch_indices(config.seed, progress.step, train.batch, len(tokens))
-            loss = train_step(model, optimiser, tokens[chosen].to(config.device), progress.step, config)
+            told = None if labels is None else labels[chosen].to(config.device)
+            loss = train_step(model, optimiser, tokens[chosen].to(config.device), progress.step, config, told)
             progress.step += 1
             _log(progress, loss, train, report)
             if progress.step % train.validate_every == 0 or progress.step == train.steps:
@@ -177,7 +201,7 @@ def fit(
     except KeyboardInterrupt:
         save()
         raise
-    progress.seconds = time.monotonic() - began
+    progress.seconds = before + watch.seconds
     model.load_state_dict(best)
     return progress
 

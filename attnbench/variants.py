@@ -1,0 +1,62 @@
+"""Variants by name: the catalogue's, or anyone's own attention as module:Class or path/to/file.py:Class."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import models
+from attnbench.errors import Refusal
+from models import Mixer, Variant
+from models.registry import choose
+
+
+def find(name: str) -> Variant:
+    """The variant of that name; an own attention is imported, which runs its code, and registered under this name.
+
+    Raises Refusal for an unknown name, a module that is not found or fails, a class that is no attention.
+    """
+    if name in models.VARIANTS:
+        return models.VARIANTS[name]
+    if ":" not in name:
+        raise Refusal(str(choose("variant", name, models.VARIANTS)))
+    place, _, attribute = name.rpartition(":")
+    cls = getattr(_module(place), attribute, None)
+    if not (isinstance(cls, type) and issubclass(cls, Mixer)):
+        raise Refusal(f"{place} has no class {attribute!r} that derives from models.Mixer")
+    register = models.variant(
+        name,
+        family=getattr(cls, "family", "own"),
+        time=getattr(cls, "time", "O(n²)"),
+        memory=getattr(cls, "memory", "O(n²)"),
+        summary=(cls.__doc__ or "somebody's own").strip().splitlines()[0],
+        reference=f"own: {Path(place).name}",
+        position=getattr(cls, "position", "learned1d"),
+        objectives=tuple(getattr(cls, "objectives", models.OBJECTIVES)),
+    )
+    register(cls)
+    return models.VARIANTS[name]
+
+
+def _module(place: str) -> ModuleType:
+    """Imports a module by name, from the present folder too, or from a file by its path."""
+    file = Path(place if place.endswith(".py") else place.replace(".", "/") + ".py")
+    try:
+        if not file.exists():
+            return importlib.import_module(place)
+        name = f"attnbench_own_{file.stem}"
+        if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(file.resolve()):
+            return sys.modules[name]
+        spec = importlib.util.spec_from_file_location(name, file.resolve())
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        return module
+    except ModuleNotFoundError as error:
+        raise Refusal(f"{place}: {error}; name a module that Python finds from here, or a file by its path") from error
+    except Exception as error:
+        raise Refusal(f"{place} cannot be imported: {type(error).__name__}: {error}") from error

@@ -1,0 +1,98 @@
+"""The conformance suite: the catalogue passes it, and every planted mistake is caught by the check that names it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import models
+from attnbench import check, receptive
+from attnbench.checks import CHECKS, Subject, examine
+from attnbench.errors import Refusal
+from models.full import Dense
+
+CATALOGUE = sorted(models.VARIANTS)
+
+
+@pytest.fixture
+def planted() -> Iterator[dict[str, tuple[type, str]]]:
+    from tests import planted
+
+    known = dict(models.VARIANTS)
+    for name, (cls, _) in planted.BUGS.items():
+        models.variant(
+            name, family="planted", time="O(n²)" if issubclass(cls, Dense) else "O(n)", memory="O(n)",
+            summary="", reference="planted",
+        )(cls)  # fmt: skip
+    yield planted.BUGS
+    models.VARIANTS.clear()
+    models.VARIANTS.update(known)
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("which", [name for name in CHECKS if name != "no future"])
+def test_catalogue_passes(name: str, which: str) -> None:
+    verdict = examine(Subject(name), which)
+    assert verdict.status != "failed", verdict.words
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_no_variant_sees_the_future(name: str) -> None:
+    """200 shapes a variant are drawn by `attnbench.check`; here the same check, whole."""
+    verdict = examine(Subject(name), "no future")
+    assert verdict.status != "failed", verdict.words
+
+
+def test_at_least_twenty_mistakes_are_planted(planted: dict[str, tuple[type, str]]) -> None:
+    assert len(planted) >= 20
+
+
+def test_every_planted_mistake_is_caught_by_its_check(planted: dict[str, tuple[type, str]]) -> None:
+    missed = {name: (which, v.words) for name, (_, which) in planted.items()
+              if (v := examine(Subject(name), which)).status != "failed"}  # fmt: skip
+    assert not missed
+
+
+def test_a_mistake_fails_for_its_own_reason(planted: dict[str, tuple[type, str]]) -> None:
+    """The names of what is wrong are in the words, so that a person finds it."""
+    words = {name.removeprefix("planted-"): examine(Subject(name), which).words for name, (_, which) in planted.items()}
+    assert "sees slot" in words["SkewedWindow"] or "does not see" in words["SkewedWindow"]
+    assert "depends on pixel" in words["PerAxisCausal"]
+    assert "dk" in words["DetachedKeys"]
+    assert "FLOPs" in words["FlattersItself"]
+
+
+def test_receptive_field_of_a_window(tmp_path: Path) -> None:
+    values = receptive.field(Subject("local2d", {"radius": 2}), depth=1, target=(7, 7))
+    assert int((values > 0).sum()) == 2 * 2**2 + 2 * 2
+    assert (values > 0)[5:7, 5:10].all()
+    assert (values > 0)[7, 5:7].all()
+
+
+def test_nothing_named_is_refused() -> None:
+    with pytest.raises(Refusal, match="--all"):
+        check.main([])
+
+
+def test_unknown_names_and_options_are_refused() -> None:
+    with pytest.raises(Refusal, match="did you mean 'local2d'"):
+        check.main(["local2dd"])
+    with pytest.raises(Refusal, match="no option 'radios'"):
+        check.main(["local2d", "--options.radios", "2"])
+
+
+def test_own_attention_from_a_file_outside(tmp_path: Path) -> None:
+    """What CONTRIBUTING walks through, run in a folder of its own as a user would."""
+    source = Path(__file__).parent.parent / "CONTRIBUTING.md"
+    example = source.read_text().split("```python\n# my_attention.py\n")[1].split("```")[0]
+    assert len([line for line in example.splitlines() if line.strip()]) <= 16
+    (tmp_path / "my_attention.py").write_text(example)
+    command = [sys.executable, "-m", "attnbench.check", "my_attention:MyAttention", "--out", "rf"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 failed" in done.stdout
+    assert (tmp_path / "rf" / "my_attention-MyAttention.png").stat().st_size > 5000

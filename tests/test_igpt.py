@@ -1,0 +1,146 @@
+"""The trunk is Image GPT: its size, its norm, its activation, its initial weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import models
+from models.igpt import MLP, Norm
+
+build: Any = models.build
+
+SIZES = {  # depth, dim, heads, millions of parameters (released code, 512 colours, 1024 positions)
+    "S": (24, 512, 8, 76.57),
+    "M": (36, 1024, 8, 455.16),
+    "L": (48, 1536, 16, 1362.25),
+    "XL": (60, 3072, 16, 6801.4),
+}
+SMALL: dict[str, Any] = {"height": 3, "width": 5, "vocab": 7, "dim": 16, "depth": 2, "heads": 2}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameters_of_the_published_sizes(size: str) -> None:
+    depth, dim, heads, millions = SIZES[size]
+    with torch.device("meta"):
+        model = build("dense1d", height=32, width=32, vocab=512, dim=dim, depth=depth, heads=heads)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == depth * (12 * dim**2 + 2 * dim) + 2 * 512 * dim + 1024 * dim + 2 * dim
+    assert abs(count / 1e6 - millions) < 0.05
+
+
+def test_nothing_has_a_bias() -> None:
+    assert not [name for name, _ in build("dense1d", **SMALL).named_parameters() if "bias" in name]
+
+
+def test_norm_scales_and_does_not_centre() -> None:
+    norm = Norm(4).double()
+    torch.nn.init.constant_(norm.gain, 2.0)
+    x = torch.tensor([1.0, 2.0, 3.0, 10.0], dtype=torch.float64)
+    assert_close(norm(x), 2 * x / (x.square().mean() + 1e-5).sqrt())
+
+
+def test_activation_is_the_sigmoid_form() -> None:
+    mlp = MLP(2).double()
+    torch.nn.init.ones_(mlp.up.weight)
+    torch.nn.init.ones_(mlp.down.weight)
+    x = torch.tensor([0.3, 0.4], dtype=torch.float64)
+    want = 8 * 0.7 / (1 + torch.exp(torch.tensor(-1.702 * 0.7, dtype=torch.float64)))
+    assert_close(mlp(x), want.expand(2))
+
+
+def test_initial_weights() -> None:
+    torch.manual_seed(0)
+    model = build("dense1d", height=16, width=16, vocab=64, dim=128, depth=4, heads=4)
+    weights = dict(model.named_parameters())
+    sigma = {
+        "blocks.1.attention.qkv.weight": 128**-0.5,
+        "blocks.1.attention.out.weight": (128 * 4) ** -0.5,
+        "blocks.1.mlp.up.weight": 0.02,
+        "blocks.1.mlp.down.weight": 0.02,
+        "tokens": 0.02,
+        "start_token": 0.02,
+        "position.table": 0.01,
+    }
+    for name, expected in sigma.items():
+        assert abs(float(weights[name].detach().std()) / expected - 1) < (
+            0.2 if weights[name].numel() < 1000 else 0.05
+        ), name
+    assert not weights["head.weight"].any()
+    assert all((gain == 1).all() for name, gain in weights.items() if name.endswith("gain"))
+
+
+def test_a_fresh_model_knows_nothing() -> None:
+    logits = build("local2d", **SMALL)(torch.zeros(2, 3, 5, dtype=torch.long))
+    assert logits.shape == (2, 3, 5, 7)
+    assert not logits.any()
+
+
+def test_same_seed_same_weights_and_another_seed_others() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return build("local2d", **SMALL).get_parameter("blocks.0.mlp.up.weight").detach()
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_features_are_the_residual_stream() -> None:
+    model = build("linear", **SMALL)
+    features = model.features(torch.zeros(2, 3, 5, dtype=torch.long))
+    assert [tuple(x.shape) for x in features] == [(2, 15, 16)] * 3
+
+
+def test_hidden_pixels_are_seen_by_nobody() -> None:
+    torch.manual_seed(0)
+    model = build("dense2d", objective="bert", **SMALL).double()
+    torch.nn.init.normal_(model.head.weight)
+    tokens = torch.randint(7, (1, 3, 5))
+    hidden = torch.zeros(1, 3, 5, dtype=torch.bool)
+    hidden[0, 1, 2] = True
+    other = tokens.clone()
+    other[0, 1, 2] = (tokens[0, 1, 2] + 1) % 7
+    assert torch.equal(model(tokens, hidden), model(other, hidden))
+    assert not torch.equal(model(tokens), model(other))
+
+
+def test_bert_sees_later_pixels() -> None:
+    torch.manual_seed(0)
+    model = build("dense1d", objective="bert", **SMALL).double()
+    torch.nn.init.normal_(model.head.weight)
+    tokens = torch.zeros(1, 3, 5, dtype=torch.long)
+    later = tokens.clone()
+    later[0, 2, 4] = 1
+    assert (model(tokens)[0, 0, 0] != model(later)[0, 0, 0]).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": "local2dd"}, "did you mean 'local2d'"),
+        ({"objective": "berth"}, "did you mean 'bert'"),
+        ({"radios": 3}, "did you mean 'radius'"),
+        ({"radius": 0}, "at least 1"),
+        ({"radius": 1.5}, "whole number"),
+        ({"heads": 3}, "does not divide"),
+        ({"height": 0}, "at least one row"),
+        ({"backend": "cuda"}, "has no such implementation"),
+        ({"position": "learnt2d"}, "did you mean 'learned2d'"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_in_a_line(change: dict[str, object], words: str) -> None:
+    arguments: dict[str, object] = {"name": "local2d", **SMALL} | change
+    with pytest.raises(ValueError, match=words) as error:
+        build(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_decoding_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match="bert"):
+        build("dense1d", objective="bert", **SMALL).start(1)
+    model = build("dense1d", **SMALL)
+    with pytest.raises(ValueError, match="None"):
+        model.step(torch.zeros(1, dtype=torch.long), model.start(1))

@@ -1,0 +1,122 @@
+"""Training: its data order, its schedule, resuming bit for bit, and divergence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import models
+from attnbench import train
+from attnbench.config import RunConfig
+
+QUICK = {"steps": 12, "batch": 8, "validate_every": 4, "checkpoint_every": 4, "precision": "float32", "warmup": 3}
+
+
+def config(variant: str, **changes: object) -> RunConfig:
+    return RunConfig.model_validate(
+        {"variant": variant, "device": "cpu", "train": QUICK | changes, "model": {"dim": 16, "depth": 2, "heads": 2}}
+    )
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(5, (20, 3, 5), generator=torch.Generator().manual_seed(0))
+
+
+def fit(settings: RunConfig, folder: Path, stop: int | None = None) -> tuple[torch.nn.Module, train.Progress | None]:
+    """Trains; with `stop`, Ctrl-C comes when that step is reported."""
+    model: Any = train.make_model(settings, 3, 5, 5)
+
+    def validate(trained: torch.nn.Module) -> float:
+        return -float(sum(p.detach().abs().sum() for p in trained.parameters()))
+
+    def interrupt(step: int, loss: float) -> None:
+        if stop is not None and step >= stop:
+            raise KeyboardInterrupt
+
+    try:
+        return model, train.fit(model, tokens(), validate, settings, folder, interrupt)
+    except KeyboardInterrupt:
+        return model, None
+
+
+def ar_variants() -> list[str]:
+    return sorted(name for name, v in models.VARIANTS.items() if "ar" in v.objectives)
+
+
+@pytest.mark.parametrize("variant", ar_variants())
+def test_resuming_is_bit_exact(variant: str, tmp_path: Path) -> None:
+    whole, _ = fit(config(variant), tmp_path / "whole")
+    _, stopped = fit(config(variant), tmp_path / "parts", stop=10)
+    assert stopped is None
+    resumed, progress = fit(config(variant), tmp_path / "parts")
+    assert progress is not None and progress.step == 12
+    for (name, a), (_, b) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_resuming_resumes(tmp_path: Path) -> None:
+    """It does not start again: the steps before the checkpoint are not trained a second time."""
+    fit(config("dense1d"), tmp_path, stop=10)
+    seen: list[int] = []
+    model: Any = train.make_model(config("dense1d"), 3, 5, 5)
+    train.fit(model, tokens(), lambda m: 0.0, config("dense1d"), tmp_path, lambda step, loss: seen.append(step))
+    assert min(seen) > 10
+
+
+def test_every_epoch_sees_every_image_once() -> None:
+    order = torch.cat([train.batch_indices(0, step, 8, 20) for step in range(5)])
+    assert sorted(order[:20].tolist()) == list(range(20))
+    assert sorted(order[20:].tolist()) == list(range(20))
+    assert order[:20].tolist() != order[20:].tolist()
+
+
+def test_order_depends_on_nothing_but_seed_and_step() -> None:
+    code = "from attnbench import train; print(train.batch_indices(3, 5, 8, 20).tolist())"
+    lines = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    }
+    assert lines == {str(train.batch_indices(3, 5, 8, 20).tolist()) + "\n"}
+    assert not torch.equal(train.batch_indices(3, 5, 8, 20), train.batch_indices(4, 5, 8, 20))
+
+
+def test_learning_rate_rises_then_falls_to_zero() -> None:
+    settings = config("dense1d").train
+    rates = [train.learning_rate(step, settings) for step in range(settings.steps + 1)]
+    assert rates[0] == pytest.approx(settings.lr / 3)
+    assert max(rates) == pytest.approx(settings.lr)
+    assert rates[3] == settings.lr
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[0] < rates[1] < rates[2]
+    assert rates[-1] == pytest.approx(0.0)
+
+
+def test_accumulated_parts_give_the_whole_batch_gradient() -> None:
+    losses = []
+    for parts in (1, 4):
+        settings = config("local2d", accumulate=parts)
+        model: Any = train.make_model(settings, 3, 5, 5)
+        torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(1))
+        optimiser = train.make_optimiser(model, settings)
+        losses.append([float(train.train_step(model, optimiser, tokens()[:8], step, settings)) for step in range(6)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][0] != losses[0][-1]
+
+
+def test_hidden_pixels_are_fifteen_percent_and_never_none() -> None:
+    hidden = train.hidden_pixels((400, 8, 8), seed=0, step=3)
+    assert abs(float(hidden.float().mean()) - train.HIDDEN_SHARE) < 0.01
+    assert train.hidden_pixels((50, 1, 1), seed=0, step=0).all()
+
+
+def test_divergence_is_named(tmp_path: Path) -> None:
+    settings = config("dense1d")
+    model: Any = train.make_model(settings, 3, 5, 5)
+    torch.nn.init.constant_(model.head.weight, float("nan"))
+    with pytest.raises(train.Diverged, match="nan at step 10"):
+        train.fit(model, tokens(), lambda m: 0.0, settings, tmp_path)
