@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from . import full, linear, local  # noqa: F401  (importing a family registers its variants)
+from . import cnn, decay2d, full, gated, linear, local, sparse  # noqa: F401  (importing a family registers its variants)
 from .geometry import Grid, Scan
 from .igpt import ImageGPT
 from .mixer import Layer, Mixer
 from .position import POSITIONS
-from .registry import OBJECTIVES, VARIANTS, Variant, choose, variant
+from .registry import OBJECTIVES, SUPERVISED, VARIANTS, Variant, choose, variant
+from .whole import Whole
 
-__all__ = ["VARIANTS", "Layer", "Mixer", "Variant", "build", "options", "variant"]
+__all__ = ["OBJECTIVES", "SUPERVISED", "VARIANTS", "Layer", "Mixer", "Variant", "build", "options", "variant"]
 
 
 def options(name: str) -> dict[str, Any]:
@@ -32,24 +33,35 @@ def build(
     dim: int = 64,
     depth: int = 4,
     heads: int = 4,
-    objective: str = "ar",
+    objective: str | None = None,
     backend: str = "auto",
     position: str | None = None,
+    scan: str = "raster",
+    channels: int = 1,
+    classes: int = 10,
     **settings: Any,
 ) -> nn.Module:
     """The model of a variant: tokens int64 (batch, height, width) -> logits (batch, height, width, vocab).
 
+    A supervised one: images float (batch, channels, height, width) -> logits (batch, classes).  objective: by default
+    the variant's first, "ar" for all that have it.  scan: the order of the pixels, a name of orders.ORDERS.
     `settings` are the variant's own options.  Raises ValueError, in a line that names the way out, for an unknown
-    variant, objective, position, backend or option, and for a pair that cannot be.
+    variant, objective, position, scan, backend or option, and for a pair that cannot be.
     """
     chosen = _known(name)
-    if objective not in OBJECTIVES:
-        raise choose("objective", objective, OBJECTIVES)
+    objective = objective or chosen.objectives[0]
+    if objective not in (*OBJECTIVES, SUPERVISED):
+        raise choose("objective", objective, (*OBJECTIVES, SUPERVISED))
     if objective not in chosen.objectives:
         raise ValueError(f"{name} runs with objective {' or '.join(chosen.objectives)} only, not {objective!r}")
     for setting in settings:
         if setting not in options(name):
             raise choose(f"option of {name}", setting, options(name))
+    order = Scan(Grid(height, width), objective, scan)
+    if not issubclass(chosen.cls, Mixer):
+        if position not in (None, chosen.position):
+            raise ValueError(f"{name} has no positional encoding to exchange; leave --position away")
+        return chosen.cls(Whole(order, vocab, dim, depth, heads, backend, channels, classes), **settings)
     position = position or chosen.position
     if position not in POSITIONS:
         raise choose("position", position, POSITIONS)
@@ -57,7 +69,7 @@ def build(
         carried = ", ".join(sorted(chosen.cls.carries))
         raise ValueError(f"{name} cannot carry position {position!r}, which needs {need!r}; it carries {carried}")
     return ImageGPT(
-        lambda layer: chosen.cls(layer, **settings), POSITIONS[position], Scan(Grid(height, width), objective),
+        lambda layer: chosen.cls(layer, **settings), POSITIONS[position], order,
         vocab=vocab, dim=dim, depth=depth, heads=heads, backend=backend,
     )  # fmt: skip
 

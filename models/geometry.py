@@ -268,10 +268,14 @@ def patches_and_row_starts(scan: Scan, radius: int, side: int = 8) -> Tiles:
 
 
 def lines(scan: Scan, axis: Literal["row", "col"]) -> Tiles:
-    """Every row, or every column, for line."""
+    """Every row, or every column, for line, in the scan's order: with "ar" query i of a tile sees keys 0 to i.
+
+    The last pixel of a line is no key there: no other of the line comes after it.
+    """
     rows, cols = torch.arange(scan.grid.height)[:, None], torch.arange(scan.grid.width)[:, None]
     pixels = _rectangles(scan, rows, cols.T) if axis == "row" else _rectangles(scan, rows.T, cols)
-    return _with_start(scan, pixels, _holders(scan, pixels))
+    pixels = pixels.sort(dim=1).values
+    return _with_start(scan, pixels, _holders(scan, pixels[:, :-1] if scan.causal else pixels))
 
 
 def _stretches(limit: int, length: int, before: int, after: int, step: int) -> tuple[Tensor, Tensor]:
@@ -304,5 +308,5 @@ def _inside(slots: Tensor, size: int) -> Tensor:
 def _with_start(scan: Scan, queries: Tensor, keys: Tensor) -> Tiles:
     """Puts the start token first among every tile's keys, once."""
     if scan.causal:
-        keys = torch.cat([torch.zeros_like(keys[:, :1]), torch.where(keys == 0, -1, keys)], dim=1)
+        keys = torch.cat([torch.zeros_like(queries[:, :1]), torch.where(keys == 0, -1, keys)], dim=1)
     return Tiles(queries, keys)

@@ -21,8 +21,7 @@ class Local1D(ExactMixer):
 
     def __init__(self, layer: Layer, *, window: int = 16) -> None:
         super().__init__(layer)
-        _positive("window", window)
-        self.window = window
+        self.window = positive("window", window)
 
     def visible(self) -> Predicate:
         return geometry.window1d(self.layer.scan, self.window)
@@ -44,8 +43,7 @@ class Local2D(ExactMixer):
 
     def __init__(self, layer: Layer, *, radius: int = 3) -> None:
         super().__init__(layer)
-        _positive("radius", radius)
-        self.radius = radius
+        self.radius = positive("radius", radius)
 
     def visible(self) -> Predicate:
         return geometry.window2d(self.layer.scan, self.radius)
@@ -54,6 +52,8 @@ class Local2D(ExactMixer):
         return geometry.patches(self.layer.scan, self.radius)
 
 
-def _positive(name: str, value: object) -> None:
+def positive(name: str, value: object) -> int:
+    """The value, if it is a whole number of at least 1; else ValueError."""
     if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of pixels, at least 1, not {value!r}")
+        raise ValueError(f"{name} must be a whole number, at least 1, not {value!r}")
+    return value

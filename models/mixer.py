@@ -114,6 +114,17 @@ def allot(last_use: list[int]) -> tuple[list[int], int]:
     return places, count
 
 
+def take(x: Tensor, slots: Tensor) -> Tensor:
+    """(batch, heads, seq, width) at slots (tiles, places) -> (batch, heads, tiles, places, width); -1 takes slot 0."""
+    return x.index_select(2, slots.clamp(min=0).flatten()).unflatten(2, slots.shape)
+
+
+def put_back(x: Tensor, slots: Tensor, size: int) -> Tensor:
+    """`take` undone, where each slot is named once: (batch, heads, tiles, places, width) -> (…, seq, width)."""
+    place = torch.argsort(torch.where(slots < 0, size, slots).flatten(), stable=True)[:size]
+    return x.flatten(2, 3).index_select(2, place)
+
+
 class ExactMixer(Mixer):
     """Exact softmax over the keys that `visible` names.
 
@@ -177,13 +188,11 @@ class ExactMixer(Mixer):
         if bias is not None:
             scores = bias(queries.clamp(min=0)[:, :, None], keys.clamp(min=0)[:, None, :])  # (heads, tiles, q, k)
             attn_mask = scores.masked_fill(~seen, float("-inf")).to(q.dtype)
-        gathered = [x[:, :, s.clamp(min=0)] for x, s in ((q, queries), (k, keys), (v, keys))]
+        gathered = (take(x, slots) for x, slots in ((q, queries), (k, keys), (v, keys)))
         flat_q, flat_k, flat_v = (x.flatten(1, 2) for x in gathered)  # (batch, heads · tiles, slots, head_dim)
         attn_mask = attn_mask.expand(q.shape[1], *seen.shape).flatten(0, 1)[None]  # 4D, else SDPA is not fused
         out = F.scaled_dot_product_attention(flat_q, flat_k, flat_v, attn_mask=attn_mask)
-        out = out.unflatten(1, gathered[0].shape[1:3]).flatten(2, 3)  # (batch, heads, tiles · queries, head_dim)
-        place = torch.argsort(torch.where(queries < 0, q.shape[2], queries).flatten(), stable=True)[: q.shape[2]]
-        return out[:, :, place]
+        return put_back(out.unflatten(1, (q.shape[1], -1)), queries, q.shape[2])
 
     def start(self, batch: int, like: Tensor) -> Cache:
         if self._places is None:
