@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import reference
+from . import kernels, reference
 from .full import Dense
 from .mixer import Layer, Mixer
 from .recurrence import Recurrent, cut, decayed, summed
@@ -45,14 +46,24 @@ class Linear(Recurrent):
     """φ(q) Σ φ(k) vᵀ / φ(q) Σ φ(k), φ(x) = elu(x) + 1.
 
     The normaliser is at least `floor`, which the paper's code adds to it: φ can be 0 in floating point.
+    "compiled": a C++ kernel for CPU, which sums slot by slot and knows no chunks.
     """
 
     carries = frozenset({"embed"})  # φ(q)·φ(k) of rotated queries and keys would not depend on the offset alone
+    backends: ClassVar[tuple[str, ...]] = ("compiled", "blocked")
     floor = 1e-6
 
     def __init__(self, layer: Layer, *, chunk: int = 0) -> None:
         super().__init__(layer, chunk=chunk)
         self.width = layer.head_dim
+
+    def refusals(self, backend: str) -> list[str]:
+        reasons = super().refusals(backend)
+        if backend != "compiled" or reasons:
+            return reasons
+        if not self.layer.scan.causal:
+            reasons.append(f"serves objective 'ar' only, not {self.layer.scan.objective!r}")
+        return reasons + [reason for reason in [kernels.missing("linear")] if reason]
 
     def feature(self, x: Tensor, first: int = 0) -> Tensor:
         """φ of queries or keys of consecutive slots, of which `first` is the first."""
@@ -62,10 +73,15 @@ class Linear(Recurrent):
         return out[..., :-1] / out[..., -1:].clamp(min=self.floor)
 
     def parallel(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
+        if kernels.serves(self, q, k, v):
+            return self.compiled(q, k, v)
         q, k, v = self.feature(q), self.feature(k), _with_ones(v)
         if self.layer.scan.causal:
             return self.normalised(summed(q, k, v, min(self.chunk, q.shape[2])))
         return self.normalised(q @ (k.mT @ v))
+
+    def compiled(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kernels.linear(q, k, v, "elu+1", self.floor)
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
         return reference.linear_attention(q, k, v, lambda x: F.elu(x) + 1, self.layer.scan.causal, self.floor)
@@ -80,7 +96,7 @@ class Linear(Recurrent):
     def flops(self) -> int:
         """Within a chunk the scores and their use, between chunks the state's making and its use."""
         channels, state = self.layer.head_dim + 1, 4 * self.width * (self.layer.head_dim + 1)
-        if not self.layer.scan.causal:
+        if not self.layer.scan.causal or self.backend == "compiled":
             return self.layer.heads * self.layer.size * state
         chunk, slots = self.fitting()
         return self.layer.heads * slots * (2 * chunk * (self.width + channels) + (state if slots > chunk else 0))
@@ -106,6 +122,7 @@ class Performer(Linear):
     """
 
     carries = frozenset({"embed", "rotate"})
+    backends = ("blocked",)
     floor = 1e-30  # the ratios of a query and keys with no direction in common
     directions: Tensor  # (heads, features, head_dim)
 
@@ -191,6 +208,9 @@ class CosFormer(Linear):
         angle = slot * (math.pi / 2 / self.layer.size)
         return torch.cat([x.relu() * angle.cos(), x.relu() * angle.sin()], dim=-1)
 
+    def compiled(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kernels.linear(self.feature(q), self.feature(k), v, "none", self.floor)
+
     def oracle(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
         slot = torch.arange(q.shape[2], device=q.device, dtype=q.dtype)
         distance = slot[:, None] - slot[None, :]
@@ -218,6 +238,7 @@ class Based(Linear):
     """
 
     carries = frozenset({"embed", "rotate"})
+    backends = ("blocked",)
 
     def __init__(self, layer: Layer, *, chunk: int = 0) -> None:
         d = layer.head_dim

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from . import geometry
+from torch import Tensor
+
+from . import geometry, kernels
 from .geometry import Predicate, Tiles
-from .mixer import ExactMixer, Layer
+from .mixer import ExactMixer, Layer, ScoreBias
 from .registry import variant
 
 
@@ -39,7 +41,12 @@ class Local1D(ExactMixer):
     reference="Ramachandran et al., Stand-Alone Self-Attention in Vision Models, NeurIPS 2019",
 )
 class Local2D(ExactMixer):
-    """A target sees the start token and 2R² + 2R pixels (fewer at the borders): r - r' ≤ R, |c - c'| ≤ R, earlier."""
+    """A target sees the start token and 2R² + 2R pixels (fewer at the borders): r - r' ≤ R, |c - c'| ≤ R, earlier.
+
+    "compiled": a C++ kernel for CPU, float32 or float64, along the raster, without a bias on the scores.
+    """
+
+    backends = ("compiled", "blocked", "math")
 
     def __init__(self, layer: Layer, *, radius: int = 3) -> None:
         super().__init__(layer)
@@ -50,6 +57,25 @@ class Local2D(ExactMixer):
 
     def tiles(self) -> Tiles:
         return geometry.patches(self.layer.scan, self.radius)
+
+    def refusals(self, backend: str) -> list[str]:
+        reasons = super().refusals(backend)
+        if backend != "compiled":
+            return reasons
+        scan = self.layer.scan
+        if not scan.causal:
+            reasons.append(f"serves objective 'ar' only, not {scan.objective!r}")
+        if scan.order != "raster":
+            reasons.append(f"reads along the raster only, not {scan.order!r}")
+        if self.layer.biased:
+            reasons.append("adds no bias to the scores")
+        return reasons + [reason for reason in [kernels.missing("local2d")] if reason]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> Tensor:
+        if not kernels.serves(self, q, k, v):
+            return super().forward(q, k, v, bias)
+        grid = self.layer.scan.grid
+        return kernels.local2d(q, k, v, grid.height, grid.width, self.radius)
 
 
 def positive(name: str, value: object) -> int:

@@ -11,7 +11,7 @@ cut into chunks: (batch, heads, chunks, chunk, …).
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class Recurrent(Mixer):
     """
 
     carries = frozenset({"embed", "rotate"})
-    backends = ("blocked",)
+    backends: ClassVar[tuple[str, ...]] = ("blocked",)
 
     def __init__(self, layer: Layer, *, chunk: int = 0) -> None:
         super().__init__(layer)

@@ -1,0 +1,34 @@
+"""Kernels for CPU in C++, compiled when first asked for; where one cannot be had, its refusal says why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .compiler import missing, unfit
+from .linear import linear
+from .local2d import local2d
+
+if TYPE_CHECKING:
+    from ..mixer import Mixer
+
+__all__ = ["linear", "local2d", "missing", "serves", "unfit"]
+
+
+def serves(mixer: Mixer, *tensors: Tensor) -> bool:
+    """Whether the mixer's backend is "compiled" and can take these tensors, whose device and dtype come late.
+
+    If it cannot and the backend was left open, the mixer's next takes over for good, and its name with it.
+    Raises ValueError if it cannot and was asked for.
+    """
+    if mixer.backend != "compiled":
+        return False
+    if (reason := unfit(*tensors)) is None:
+        return True
+    others = [name for name in mixer.backends if name != "compiled" and not mixer.refusals(name)]
+    if mixer.layer.backend != "auto" or not others:
+        way_out = f"take {' or '.join(others)}" if others else "move the model"
+        raise ValueError(f"backend 'compiled' {reason}; {way_out}")
+    mixer.backend = others[0]
+    return False

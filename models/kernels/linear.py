@@ -1,0 +1,72 @@
+"""Causal linear attention on CPU (linear.cpp) as a torch operator: eager, under autograd, fake tensors, torch.compile.
+
+Shapes: q, k (batch, heads, seq, width); v, out (batch, heads, seq, head_dim); mass (batch, heads, seq): φ(q)·Σ φ(k).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import compiler
+from .layout import dense, like
+
+FEATURES = {"none": 0, "elu+1": 1}
+"""φ: none, where q and k are features already, or elu(x) + 1."""
+
+
+def linear(q: Tensor, k: Tensor, v: Tensor, feature: str = "none", floor: float = 0.0) -> Tensor:
+    """Σ φ(q)·φ(k) v / Σ φ(q)·φ(k) over the keys no later than the query (Katharopoulos et al., 2020).
+
+    The normaliser is at least `floor`.  float32 or float64 on CPU.  The result lies in memory as
+    (batch, seq, heads, head_dim).
+    """
+    return _Linear.apply(q, k, v, FEATURES[feature], floor)
+
+
+@torch.library.custom_op("attnbench::linear", mutates_args=(), device_types="cpu")
+def _forward(q: Tensor, k: Tensor, v: Tensor, feature: int, floor: float) -> tuple[Tensor, Tensor]:
+    out, mass = _shapes(q, k, v, feature, floor)
+    compiler.call("linear", "linear_forward", _problem(q, v, feature), floor, dense(q), dense(k), dense(v), out, mass)
+    return out, mass
+
+
+@_forward.register_fake
+def _shapes(q: Tensor, k: Tensor, v: Tensor, feature: int, floor: float) -> tuple[Tensor, Tensor]:
+    return like(v), q.new_empty(q.shape[:3])
+
+
+@torch.library.custom_op("attnbench::linear_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mass: Tensor, feature: int, floor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = like(q), like(k), like(v)
+    given = (dense(x) for x in (q, k, v, grad, out))
+    compiler.call("linear", "linear_backward", _problem(q, v, feature), floor, *given, *grads, mass)
+    return grads
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mass: Tensor, feature: int, floor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return like(q), like(k), like(v)
+
+
+def _problem(q: Tensor, v: Tensor, feature: int) -> tuple[int, ...]:
+    return (*q.shape, v.shape[3], feature)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, feature: int, floor: float) -> Tensor:
+        out, mass = _forward(q, k, v, feature, floor)
+        ctx.save_for_backward(q, k, v, out, mass)
+        ctx.settings = feature, floor
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None)

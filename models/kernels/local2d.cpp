@@ -1,0 +1,359 @@
+// softmax attention over the raster-earlier pixels at most `radius` rows and columns away, and the start token.
+//
+// Slot 0 of the keys holds the start token and slot p + 1 holds pixel p; query slot p predicts pixel p.  A row of keys
+// is turned once into (dim, columns); then the lanes of a vector are neighbouring columns, so that a score, its
+// exponential and its use need no sum across lanes.  Beyond the left and right border stand `radius` columns of zeros.
+//
+// Offsets are numbered 0: the start token; then key rows from `radius` above to the query's own, left to right.
+// The backward pass computes the weights again from each query's maximum and mass: O(n·dim) memory.
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "simd.h"
+
+namespace {
+
+struct Problem {
+    int64_t batch, heads, height, width, dim, radius;
+    double scale;  // of the scores: 1/√dim
+    int64_t pixels() const { return height * width; }
+    int64_t offsets(int64_t above) const { return above ? 2 * radius + 1 : radius; }
+    int64_t first(int64_t above) const { return 1 + (radius - above) * (2 * radius + 1); }
+    int64_t all() const { return 1 + radius * (2 * radius + 1) + radius; }
+    // Bands of rows are computed on their own; their number follows from the shape alone, and with it all rounding.
+    int64_t bands() const {
+        int64_t images = std::max<int64_t>(1, batch * heads), wanted = (16 + images - 1) / images;
+        return std::max<int64_t>(1, std::min(wanted, height / (4 * std::max<int64_t>(1, radius))));
+    }
+};
+
+template <typename T, int LANES> struct Worker {
+    using S = Simd<T, LANES>;
+    using V = typename S::V;
+    static constexpr int BLOCK = 8;  // channels, or offsets, that are summed at a time in registers
+
+    const Problem& p;
+    const int64_t pitch, channels, ring;  // of a turned row; channels padded to BLOCK; rows kept
+    const int64_t plane, field;           // numbers in a turned row, and in the weights of a row
+    const T scale;                        // of the scores, which are in powers of two
+    std::vector<T> memory;
+    T *kt, *vt, *qt, *gt, *weights, *slopes, *border, *block, *start;
+
+    static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+    Worker(const Problem& p, bool backward)
+        : p(p), pitch(round_up(p.width, LANES) + 2 * p.radius), channels(round_up(p.dim, BLOCK)), ring(p.radius + 1),
+          plane(channels * pitch), field(p.all() * pitch), scale(T(1.4426950408889634074 * p.scale)) {
+        int64_t queries = backward ? ring : 1;
+        memory.resize((2 * ring + 2 * queries) * plane + 2 * queries * field + pitch + (channels + 1) * LANES +
+                      2 * channels * (1 + LANES));
+        T* at = memory.data();
+        auto take = [&at](int64_t count) { T* got = at; at += count; return got; };
+        kt = take(ring * plane), vt = take(ring * plane), qt = take(queries * plane), gt = take(queries * plane);
+        weights = take(queries * field), slopes = take(queries * field);
+        border = take(pitch), block = take((channels + 1) * LANES), start = take(2 * channels * (1 + LANES));
+        std::fill(border, border + pitch, -std::numeric_limits<T>::infinity());
+        std::fill(border + p.radius, border + p.radius + p.width, T(0));
+    }
+
+    T* ring_row(T* base, int64_t row, int64_t size) const { return base + row % ring * size; }
+
+    // `count` slots from `from` on, as columns of `to`; missing columns of the last block become zeros.
+    void turn(const T* from, int64_t stride, int64_t count, T* to) const {
+        for (int64_t col = 0; col < p.width; col += LANES)
+            for (int64_t d = 0; d < p.dim; d += LANES) {
+                V a[LANES];
+                for (int i = 0; i < LANES; i++)
+                    a[i] = col + i < count ? S::load(from + (col + i) * stride + d, int(std::min<int64_t>(LANES, p.dim - d))) : V{};
+                S::transpose(a);
+                for (int i = 0; i < LANES && d + i < p.dim; i++) S::store(to + (d + i) * pitch + p.radius + col, a[i]);
+            }
+    }
+
+    // The turned block (channels, LANES) as `count` slots.
+    void turn_back(const T* from, T* to, int64_t stride, int64_t count) const {
+        for (int64_t d = 0; d < p.dim; d += LANES) {
+            V a[LANES];
+            for (int i = 0; i < LANES; i++) a[i] = d + i < channels ? S::load(from + (d + i) * LANES) : V{};
+            S::transpose(a);
+            for (int i = 0; i < LANES && i < count; i++)
+                S::store(to + i * stride + d, a[i], int(std::min<int64_t>(LANES, p.dim - d)));
+        }
+    }
+
+    void load_keys(int64_t row, const T* k, int64_t k_stride, const T* v, int64_t v_stride) const {
+        int64_t count = std::min(p.width, p.pixels() - 1 - row * p.width);  // no slot holds the last pixel
+        turn(k + (row * p.width + 1) * k_stride, k_stride, count, ring_row(kt, row, plane));
+        turn(v + (row * p.width + 1) * v_stride, v_stride, count, ring_row(vt, row, plane));
+    }
+
+    // to[i] = Σ_d a[d]·b[d] shifted by i columns, for N shifts.
+    template <int N> INLINE void products(const T* a, const T* b, T* to) const {
+        V sums[N]{};
+        for (int64_t d = 0; d < channels; d++) {
+            V x = S::load(a + d * pitch);
+            for (int i = 0; i < N; i++) sums[i] += x * S::load(b + d * pitch + i);
+        }
+        for (int i = 0; i < N; i++) S::store(to + i * pitch, sums[i]);
+    }
+
+    void products(int64_t shifts, const T* a, const T* b, T* to) const {
+        for (; shifts >= 8; shifts -= 8, b += 8, to += 8 * pitch) products<8>(a, b, to);
+        switch (shifts) {
+            case 7: return products<7>(a, b, to);
+            case 6: return products<6>(a, b, to);
+            case 5: return products<5>(a, b, to);
+            case 4: return products<4>(a, b, to);
+            case 3: return products<3>(a, b, to);
+            case 2: return products<2>(a, b, to);
+            case 1: return products<1>(a, b, to);
+        }
+    }
+
+    // Σ_d of a turned block with one vector.
+    INLINE V product(const T* a, const T* vector) const {
+        V sum{};
+        for (int64_t d = 0; d < channels; d++) sum += S::load(a + d * pitch) * vector[d];
+        return sum;
+    }
+
+    // to[d] += Σ_i w[i]·b[d] shifted by i·step columns from `b` on; weights move by `pitch + w_step`.
+    INLINE void gather(int64_t shifts, const T* w, int64_t w_step, const T* b, int64_t b_step, T* to) const {
+        for (int64_t d = 0; d < channels; d += BLOCK) {
+            V sums[BLOCK];
+            for (int j = 0; j < BLOCK; j++) sums[j] = S::load(to + (d + j) * LANES);
+            for (int64_t i = 0; i < shifts; i++) {
+                V x = S::load(w + i * (pitch + w_step));
+                const T* from = b + d * pitch + i * b_step;
+                for (int j = 0; j < BLOCK; j++) sums[j] += x * S::load(from + j * pitch);
+            }
+            for (int j = 0; j < BLOCK; j++) S::store(to + (d + j) * LANES, sums[j]);
+        }
+    }
+
+    // Scores of the block of columns from `col` on, into w + offset·pitch; key rows from `nearest` to `farthest` above.
+    void scores(int64_t row, int64_t col, int64_t nearest, int64_t farthest, const T* q, const T* k0, T* w) const {
+        S::store(w, product(q, k0) * scale);
+        for (int64_t above = nearest; above <= farthest; above++) {
+            T* to = w + p.first(above) * pitch;
+            products(p.offsets(above), q, ring_row(kt, row - above, plane) + col, to);
+            for (int64_t i = 0; i < p.offsets(above); i++)
+                S::store(to + i * pitch, S::load(to + i * pitch) * scale + S::load(border + col + i));
+        }
+    }
+
+    void forward(int64_t b, int64_t h, int64_t from, int64_t to, const View<T>& q, const View<T>& k, const View<T>& v,
+                 const View<T>& out, T* stats) {
+        T *k0 = start, *v0 = start + channels;
+        std::copy_n(k.at(b, h), p.dim, k0), std::copy_n(v.at(b, h), p.dim, v0);
+        for (int64_t row = std::max<int64_t>(0, from - p.radius); row < from; row++)
+            load_keys(row, k.at(b, h), k.slot, v.at(b, h), v.slot);
+        for (int64_t row = from; row < to; row++) {
+            load_keys(row, k.at(b, h), k.slot, v.at(b, h), v.slot);
+            turn(q.at(b, h) + row * p.width * q.slot, q.slot, p.width, qt);
+            for (int64_t col = 0; col < p.width; col += LANES) {
+                int64_t slot = row * p.width + col;
+                forward_block(row, col, k0, v0, out.at(b, h) + slot * out.slot, out.slot,
+                              stats + (b * p.heads + h) * 2 * p.pixels() + slot);
+            }
+        }
+    }
+
+    void forward_block(int64_t row, int64_t col, const T* k0, const T* v0, T* out, int64_t stride, T* stats) {
+        int64_t farthest = std::min(row, p.radius), first = p.first(farthest), count = p.all();
+        T* w = weights;
+        scores(row, col, 0, farthest, qt + p.radius + col, k0, w);
+        V most = S::load(w), mass{};
+        for (int64_t i = first; i < count; i++) most = S::max(most, S::load(w + i * pitch));
+        auto weigh = [&](int64_t i) {
+            V x = S::exp2(S::load(w + i * pitch) - most);
+            S::store(w + i * pitch, x), mass += x;
+        };
+        weigh(0);
+        for (int64_t i = first; i < count; i++) weigh(i);
+        V share = T(1) / mass;
+        for (int64_t d = 0; d < channels; d++) S::store(block + d * LANES, S::load(w) * v0[d]);
+        for (int64_t above = farthest; above >= 0; above--)
+            gather(p.offsets(above), w + p.first(above) * pitch, 0, ring_row(vt, row - above, plane) + col, 1, block);
+        for (int64_t d = 0; d < channels; d++) S::store(block + d * LANES, S::load(block + d * LANES) * share);
+        int columns = int(std::min<int64_t>(LANES, p.width - col));
+        turn_back(block, out, stride, columns);
+        S::store(stats, most, columns), S::store(stats + p.pixels(), share, columns);
+    }
+
+    // Gradients of query rows and key rows [from, to); those of the start token, summed over the band, go to `start_grad`.
+    void backward(int64_t b, int64_t h, int64_t from, int64_t to, const View<T> (&in)[5], const View<T> (&grad)[3],
+                  const T* stats, T* start_grad) {
+        const View<T>&q = in[0], &k = in[1], &v = in[2], &g = in[3], &out = in[4];
+        T *k0 = start, *v0 = start + channels, *sums = start + 2 * channels;
+        std::copy_n(k.at(b, h), p.dim, k0), std::copy_n(v.at(b, h), p.dim, v0);
+        std::fill(sums, sums + 2 * channels * LANES, T(0));
+        stats += (b * p.heads + h) * 2 * p.pixels();
+        for (int64_t row = std::max<int64_t>(0, from - p.radius); row < from; row++)
+            load_keys(row, k.at(b, h), k.slot, v.at(b, h), v.slot);
+        int64_t last = std::min(p.height, to + p.radius);
+        for (int64_t row = from; row < last; row++) {
+            if (row < to) load_keys(row, k.at(b, h), k.slot, v.at(b, h), v.slot);
+            turn(q.at(b, h) + row * p.width * q.slot, q.slot, p.width, ring_row(qt, row, plane));
+            turn(g.at(b, h) + row * p.width * g.slot, g.slot, p.width, ring_row(gt, row, plane));
+            for (int64_t col = 0; col < p.width; col += LANES)
+                backward_queries(row, col, to, k0, v0, out.at(b, h), out.slot, g.at(b, h), g.slot, stats,
+                                 grad[0].at(b, h), grad[0].slot, sums);
+            if (row - p.radius >= from) backward_keys(row - p.radius, row, grad, b, h);
+        }
+        for (int64_t row = std::max(from, last - p.radius); row < to; row++) backward_keys(row, last - 1, grad, b, h);
+        for (int64_t d = 0; d < p.dim; d++) {
+            start_grad[d] = S::sum(S::load(sums + d * LANES)) * T(p.scale);
+            start_grad[p.dim + d] = S::sum(S::load(sums + (channels + d) * LANES));
+        }
+    }
+
+    // Weights and slopes of a block of queries, kept for the keys; its own gradient and its share of the start token's.
+    void backward_queries(int64_t row, int64_t col, int64_t to, const T* k0, const T* v0, const T* out, int64_t out_stride,
+                          const T* g, int64_t g_stride, const T* stats, T* dq, int64_t dq_stride, T* sums) {
+        const T *qb = ring_row(qt, row, plane) + p.radius + col, *gb = ring_row(gt, row, plane) + p.radius + col;
+        T* w = ring_row(weights, row, field) + p.radius + col;
+        T* s = ring_row(slopes, row, field) + p.radius + col;
+        int64_t slot = row * p.width + col, farthest = std::min(row, p.radius);
+        int64_t nearest = std::max<int64_t>(0, row - to + 1);  // keys beyond the band are another's
+        int columns = int(std::min<int64_t>(LANES, p.width - col));
+        V most = S::load(stats + slot, columns), share = S::load(stats + p.pixels() + slot, columns);
+        V delta = row_products(out + slot * out_stride, out_stride, g + slot * g_stride, g_stride, columns);
+        scores(row, col, nearest, farthest, qb, k0, w);
+        S::store(s, product(gb, v0));
+        auto differentiate = [&](int64_t i) {
+            V x = S::exp2(S::load(w + i * pitch) - most) * share;
+            S::store(w + i * pitch, x), S::store(s + i * pitch, x * (S::load(s + i * pitch) - delta));
+        };
+        differentiate(0);
+        for (int64_t above = nearest; above <= farthest; above++) {
+            int64_t first = p.first(above);
+            products(p.offsets(above), gb, ring_row(vt, row - above, plane) + col, s + first * pitch);
+            for (int64_t i = first; i < first + p.offsets(above); i++) differentiate(i);
+        }
+        if (row >= to) return;
+        V weight = S::load(w), slope = S::load(s);
+        for (int64_t d = 0; d < channels; d++) {
+            S::store(block + d * LANES, slope * k0[d]);
+            T *dk = sums + d * LANES, *dv = sums + (channels + d) * LANES;
+            S::store(dk, S::load(dk) + slope * S::load(qb + d * pitch));
+            S::store(dv, S::load(dv) + weight * S::load(gb + d * pitch));
+        }
+        for (int64_t above = farthest; above >= 0; above--)
+            gather(p.offsets(above), s + p.first(above) * pitch, 0, ring_row(kt, row - above, plane) + col, 1, block);
+        put(block, T(p.scale), dq + slot * dq_stride, dq_stride, columns);
+    }
+
+    // Σ_d a·b of `count` slots, a lane each.
+    V row_products(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int count) const {
+        V sum{};
+        for (int64_t d = 0; d < p.dim; d += LANES) {
+            V x[LANES];
+            int rest = int(std::min<int64_t>(LANES, p.dim - d));
+            for (int i = 0; i < LANES; i++)
+                x[i] = i < count ? S::load(a + i * a_stride + d, rest) * S::load(b + i * b_stride + d, rest) : V{};
+            S::transpose(x);
+            for (int i = 0; i < LANES; i++) sum += x[i];
+        }
+        return sum;
+    }
+
+    // Gradients of a row of keys, from the queries in rows up to `last` that saw them.
+    void backward_keys(int64_t row, int64_t last, const View<T> (&grad)[3], int64_t b, int64_t h) {
+        T* kinds[2][2] = {{slopes, qt}, {weights, gt}};
+        for (int64_t col = 0; col < p.width; col += LANES) {
+            int64_t slot = row * p.width + col + 1;
+            int64_t columns = std::min({int64_t(LANES), p.width - col, p.pixels() - slot});
+            if (columns < 1) continue;
+            for (int kind = 0; kind < 2; kind++) {
+                const View<T>& to = grad[1 + kind];
+                std::fill(block, block + channels * LANES, T(0));
+                for (int64_t query = row; query <= last; query++) {
+                    // The key's offset i columns from the window's left is seen by the query radius - i to its right.
+                    int64_t above = query - row, shifts = p.offsets(above);
+                    const T* w = ring_row(kinds[kind][0], query, field) + p.first(above) * pitch + 2 * p.radius + col;
+                    const T* x = ring_row(kinds[kind][1], query, plane) + 2 * p.radius + col;
+                    gather(shifts, w, -1, x, -1, block);
+                }
+                put(block, kind ? T(1) : T(p.scale), to.at(b, h) + slot * to.slot, to.slot, columns);
+            }
+        }
+    }
+
+    void put(T* turned, T factor, T* to, int64_t stride, int64_t count) const {
+        for (int64_t d = 0; d < channels; d++) S::store(turned + d * LANES, S::load(turned + d * LANES) * factor);
+        turn_back(turned, to, stride, count);
+    }
+};
+
+template <typename T, int LANES, typename Band> int run(const Problem& p, bool backward, int threads, const Band& band) {
+    int64_t bands = p.bands(), jobs = p.batch * p.heads * bands;
+    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, jobs)));
+    std::vector<std::unique_ptr<Worker<T, LANES>>> workers(threads);
+    try {
+        for (auto& worker : workers) worker = std::make_unique<Worker<T, LANES>>(p, backward);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t job = 0; job < jobs; job++) {
+        int64_t part = job % bands, image = job / bands;
+#ifdef _OPENMP
+        Worker<T, LANES>& worker = *workers[omp_get_thread_num()];
+#else
+        Worker<T, LANES>& worker = *workers[0];
+#endif
+        band(worker, image / p.heads, image % p.heads, part * p.height / bands, (part + 1) * p.height / bands, job);
+    }
+    return 0;
+}
+
+template <typename T, int LANES> int forward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
+    View<T> q(at[0], strides[0]), k(at[1], strides[1]), v(at[2], strides[2]), out(at[3], strides[3]);
+    return run<T, LANES>(p, false, threads, [&](Worker<T, LANES>& worker, auto b, auto h, auto from, auto to, auto) {
+        worker.forward(b, h, from, to, q, k, v, out, static_cast<T*>(at[4]));
+    });
+}
+
+template <typename T, int LANES> int backward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
+    View<T> in[5] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}, {at[3], strides[3]}, {at[4], strides[4]}};
+    View<T> grad[3] = {{at[5], strides[5]}, {at[6], strides[6]}, {at[7], strides[7]}};
+    int64_t bands = p.bands();
+    std::vector<T> starts(p.batch * p.heads * bands * 2 * p.dim);
+    int failed = run<T, LANES>(p, true, threads, [&](Worker<T, LANES>& worker, auto b, auto h, auto from, auto to, auto job) {
+        worker.backward(b, h, from, to, in, grad, static_cast<const T*>(at[8]), starts.data() + job * 2 * p.dim);
+    });
+    if (failed) return failed;
+    for (int64_t image = 0; image < p.batch * p.heads; image++)
+        for (int kind = 0; kind < 2; kind++)
+            for (int64_t d = 0; d < p.dim; d++) {
+                T sum = 0;
+                for (int64_t band = 0; band < bands; band++) sum += starts[((image * bands + band) * 2 + kind) * p.dim + d];
+                grad[1 + kind].at(image / p.heads, image % p.heads)[d] = sum;
+            }
+    return 0;
+}
+
+// Images no wider than half a vector take half vectors.
+template <typename T> bool narrow(const Problem& p) { return p.width * int64_t(sizeof(T)) * 2 <= WIDEST; }
+template <typename T> constexpr int LANES = WIDEST / sizeof(T);
+
+}  // namespace
+
+// shape: batch, heads, height, width, dim, radius; then the scale of the scores.  Returns 0, or 1 where memory does not suffice.
+// forward: q, k, v, out, stats (batch, heads, 2, pixels).  backward: q, k, v, gradient of out, out, dq, dk, dv, stats.
+#define EXPORT(name, T, type)                                                                                \
+    extern "C" int local2d_##name##_##type(const int64_t* s, double scale, int threads, void** at,        \
+                                            const int64_t (*strides)[3]) {                                  \
+        Problem p{s[0], s[1], s[2], s[3], s[4], s[5], scale};                                               \
+        return narrow<T>(p) ? name<T, LANES<T> / 2>(p, threads, at, strides) : name<T, LANES<T>>(p, threads, at, strides); \
+    }
+EXPORT(forward, float, float32)
+EXPORT(forward, double, float64)
+EXPORT(backward, float, float32)
+EXPORT(backward, double, float64)

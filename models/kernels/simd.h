@@ -1,0 +1,90 @@
+// Vectors of LANES numbers of type T, by the compiler's vector extensions (GCC, Clang): no intrinsics, any instruction set.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#if defined(__AVX512F__)
+constexpr int WIDEST = 64;
+#elif defined(__AVX__)
+constexpr int WIDEST = 32;
+#else
+constexpr int WIDEST = 16;
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+template <typename T> struct Bits;
+template <> struct Bits<float> { using type = int32_t; static constexpr int mantissa = 23, degree = 7; };
+template <> struct Bits<double> { using type = int64_t; static constexpr int mantissa = 52, degree = 13; };
+
+template <typename T, int LANES> struct Simd {
+    typedef T V __attribute__((vector_size(LANES * sizeof(T))));
+    typedef typename Bits<T>::type I __attribute__((vector_size(LANES * sizeof(T))));
+
+    static INLINE V load(const T* from) { V v; std::memcpy(&v, from, sizeof v); return v; }
+    static INLINE void store(T* to, V v) { std::memcpy(to, &v, sizeof v); }
+    static INLINE V fill(T x) { return V{} + x; }
+    // The first `count` numbers; the other lanes are zero.
+    static INLINE V load(const T* from, int count) {
+        if (count >= LANES) return load(from);
+        V v{};
+        std::memcpy(&v, from, count * sizeof(T));
+        return v;
+    }
+    static INLINE void store(T* to, V v, int count) {
+        if (count >= LANES) store(to, v);
+        else std::memcpy(to, &v, count * sizeof(T));
+    }
+    static INLINE V max(V a, V b) { return a > b ? a : b; }
+    static INLINE T sum(V v) {
+        T total = 0;
+        for (int i = 0; i < LANES; i++) total += v[i];
+        return total;
+    }
+
+    // 2^x, exact to the last bits; 0 where x is below the normal numbers. x must not exceed the largest exponent.
+    static INLINE V exp2(V x) {
+        constexpr T lowest = std::numeric_limits<T>::min_exponent - 1;
+        constexpr T ln2 = 0.693147180559945309417232121458176568;
+        const T magic = T(3) * (int64_t(1) << (Bits<T>::mantissa - 1));  // adding it rounds to a whole number
+        V inside = max(x, fill(lowest));  // a lane that is no number is put back below
+        V whole = inside + magic;
+        V rest = (inside - (whole - magic)) * ln2;  // in ±ln2/2, where Taylor's series converges at once
+        V y = fill(T(1));
+        for (int k = Bits<T>::degree; k > 0; k--) y = y * rest * (T(1) / k) + T(1);
+        I scaled = (I)y + ((I)whole << Bits<T>::mantissa);
+        V result = x < lowest ? V{} : (V)scaled;
+        return x == x ? result : x;
+    }
+
+    template <size_t... i> static INLINE V zip_low(V a, V b, std::index_sequence<i...>) {
+        return __builtin_shufflevector(a, b, (i / 2 + i % 2 * LANES)...);
+    }
+    template <size_t... i> static INLINE V zip_high(V a, V b, std::index_sequence<i...>) {
+        return __builtin_shufflevector(a, b, (LANES / 2 + i / 2 + i % 2 * LANES)...);
+    }
+    // LANES × LANES in place: log2(LANES) rounds of zipping the first half with the second.
+    static INLINE void transpose(V (&a)[LANES]) {
+        constexpr auto lanes = std::make_index_sequence<LANES>{};
+        V b[LANES];
+        for (int round = 1; round < LANES; round *= 2) {
+            for (int i = 0; i < LANES / 2; i++) {
+                b[2 * i] = zip_low(a[i], a[i + LANES / 2], lanes);
+                b[2 * i + 1] = zip_high(a[i], a[i + LANES / 2], lanes);
+            }
+            for (int i = 0; i < LANES; i++) a[i] = b[i];
+        }
+    }
+};
+
+// Where a (batch, heads, seq, dim) tensor lies: strides in numbers, that of dim being 1.
+template <typename T> struct View {
+    T* data;
+    int64_t batch, head, slot;
+    View(void* at, const int64_t* strides)
+        : data(static_cast<T*>(at)), batch(strides[0]), head(strides[1]), slot(strides[2]) {}
+    T* at(int64_t b, int64_t h) const { return data + b * batch + h * head; }
+};
