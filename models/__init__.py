@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from . import cnn, decay2d, full, gated, linear, local, sparse  # noqa: F401  (importing a family registers its variants)
+# Importing a family registers its variants.
+from . import cnn, decay2d, full, gated, imagegpt, linear, local, sparse  # noqa: F401
 from .geometry import Grid, Scan
 from .igpt import ImageGPT
-from .mixer import Layer, Mixer
+from .mixer import ExactMixer, Layer, Mixer
 from .position import POSITIONS
 from .registry import OBJECTIVES, SUPERVISED, VARIANTS, Variant, choose, variant
 from .whole import Whole
 
-__all__ = ["OBJECTIVES", "SUPERVISED", "VARIANTS", "Layer", "Mixer", "Variant", "build", "options", "variant"]
+__all__ = [
+    "OBJECTIVES", "SUPERVISED", "VARIANTS", "Layer", "Mixer", "Variant", "build", "load_imagegpt", "options", "variant",
+]  # fmt: skip
 
 
 def options(name: str) -> dict[str, Any]:
@@ -72,6 +76,35 @@ def build(
         lambda layer: chosen.cls(layer, **settings), POSITIONS[position], order,
         vocab=vocab, dim=dim, depth=depth, heads=heads, backend=backend,
     )  # fmt: skip
+
+
+def load_imagegpt(
+    folder: str | Path,
+    variant: str = "dense1d",
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    backend: str = "auto",
+    **settings: Any,
+) -> ImageGPT:
+    """A Hugging Face ImageGPT folder as a trunk, its logits within 1e-4 of the original's; the head has no start token.
+
+    variant: any exact mask, with its own `settings`: with less than the dense mask it sees less than was trained.
+    height, width: by default a square of all positions.  Raises ValueError, in one line, for a folder that is damaged
+    or of another shape than its config.json says, for a setting that the trunk cannot follow, and as `build`.
+    """
+    if not issubclass(_known(variant).cls, ExactMixer):
+        raise ValueError(f"{variant} is no softmax over visible pixels, which these weights were trained for")
+    found = imagegpt.read(Path(folder))
+    told = found.settings
+    rows, cols = imagegpt.grid(told, height, width)
+    model = build(
+        variant, height=rows, width=cols, vocab=told.vocab_size - 1, dim=told.n_embd, depth=told.n_layer,
+        heads=told.n_head, objective="ar", backend=backend, position="learned1d", **settings,
+    )  # fmt: skip
+    assert isinstance(model, ImageGPT)
+    imagegpt.install(found, model)
+    return model.eval()
 
 
 def _known(name: str) -> Variant:

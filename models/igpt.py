@@ -25,12 +25,12 @@ MakeMixer = Callable[[Layer], Mixer]
 class Norm(nn.Module):
     """Root mean square with a gain: it does not centre."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.empty(dim))
+        self.gain, self.eps = nn.Parameter(torch.empty(dim)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.gain.shape, self.gain, eps=1e-5)
+        return F.rms_norm(x, self.gain.shape, self.gain, eps=self.eps)
 
 
 class Attention(nn.Module):
