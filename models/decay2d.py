@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from . import geometry, reference
 from .gated import EPS, normalised
 from .mixer import Layer
-from .recurrence import Recurrent
+from .recurrence import Recurrent, widened
 from .registry import variant
 
 
@@ -90,10 +90,10 @@ class Decay2D(Recurrent):
         else:
             self.register_buffer("log_rates", rates)
 
-    def faded(self, axis: int, distance: Tensor) -> Tensor:
-        """λ_row (axis 0) or λ_col (axis 1) to the power of distances ≥ 0: (heads, *distance.shape)."""
-        log_decay = -self.log_rates[axis].to(torch.promote_types(self.log_rates.dtype, torch.float32)).exp()
-        return (log_decay.view(-1, *(1,) * distance.dim()) * distance).exp()
+    def faded(self, axis: int, distance: Tensor, like: Tensor) -> Tensor:
+        """λ_row (axis 0) or λ_col (axis 1) to the power of distances ≥ 0: (heads, *distance.shape), of like's dtype."""
+        log_decay = -widened(self.log_rates[axis])[0].exp()
+        return (log_decay.view(-1, *(1,) * distance.dim()) * distance).exp().to(like.dtype)
 
     def parallel(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
         scan, q = self.layer.scan, q * q.shape[-1] ** -0.5
@@ -125,17 +125,19 @@ class Decay2D(Recurrent):
         q, k, v = (rearrange(x, "b h i r j c d -> b h i j (r c) d") for x in (q, k, v))
         row, col = torch.meshgrid(*(torch.arange(s, device=q.device) for s in (self.band, self.strip)), indexing="ij")
         row, col = (x.flatten()[:, None] - x.flatten()[None, :] for x in (row, col))
-        weight = (self.faded(0, row.clamp(min=0)) * self.faded(1, col.abs())).tril(-1)  # earlier: above the diagonal
+        weight = (self.faded(0, row.clamp(min=0), q) * self.faded(1, col.abs(), q)).tril(
+            -1
+        )  # earlier: above the diagonal
         out = (q @ k.mT * weight[:, None, None]) @ v
         return rearrange(out, "b h i j (r c) d -> b h i r j c d", r=self.band)
 
     def _sideways(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         across = torch.arange(self.strip, device=q.device)
-        near, far = (self.faded(1, x)[:, None, None, None, :, None] for x in (across, self.strip - across))
-        fade = self.faded(1, torch.tensor(self.strip, device=q.device))[:, None, None, None, None]
+        near, far = (self.faded(1, x, q)[:, None, None, None, :, None] for x in (across, self.strip - across))
+        fade = self.faded(1, torch.tensor(self.strip, device=q.device), q)[:, None, None, None, None]
         down = torch.arange(self.band, device=q.device)
         down = down[:, None] - down[None, :]
-        weight = self.faded(0, down.clamp(min=0))[:, None]
+        weight = self.faded(0, down.clamp(min=0), q)[:, None]
 
         def read(q: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
             ends = (weight @ ends.flatten(4)).view_as(ends)  # down the band
@@ -151,8 +153,8 @@ class Decay2D(Recurrent):
     def _above(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (rearrange(x, "b h i r j c d -> b h i (j c) r d") for x in (q[:, :, 1:], k[:, :, :-1], v[:, :, :-1]))
         row = torch.arange(self.band, device=q.device)
-        near, far = (self.faded(0, x)[:, None, None, :, None] for x in (row, self.band - row))
-        fade = self.faded(0, torch.tensor(self.band, device=q.device))[:, None, None, None]
+        near, far = (self.faded(0, x, q)[:, None, None, :, None] for x in (row, self.band - row))
+        fade = self.faded(0, torch.tensor(self.band, device=q.device), q)[:, None, None, None]
         columns = carried((k * far).mT @ v, fade, dim=2)  # (batch, heads, bands - 1, columns, d, d)
         out = (q * near) @ self._spread(columns)
         return F.pad(rearrange(out, "b h i (j c) r d -> b h i r j c d", c=self.strip), (0, 0) * 4 + (1, 0))
@@ -161,27 +163,27 @@ class Decay2D(Recurrent):
         """Σ_c' λ_col^|c-c'| columns[c'] over whole strips: (batch, heads, bands, columns, d, d), both ways."""
         x = columns.flatten(4).unflatten(3, (-1, self.strip))  # (batch, heads, bands, strips, C, d·d)
         col = torch.arange(self.strip, device=x.device)
-        out = self.faded(1, (col[:, None] - col[None, :]).abs())[:, None, None] @ x
+        out = self.faded(1, (col[:, None] - col[None, :]).abs(), x)[:, None, None] @ x
         if x.shape[3] > 1:
-            fade = self.faded(1, torch.tensor(self.strip, device=x.device))[:, None, None]
+            fade = self.faded(1, torch.tensor(self.strip, device=x.device), x)[:, None, None]
             # What a strip's border pixels read of their own strip is all that the next strip needs of it.
             left = carried(out[:, :, :, :-1, -1], fade, dim=3)[..., None, :]
             right = carried(out[:, :, :, 1:, 0], fade, dim=3, backward=True)[..., None, :]
-            near, far = (self.faded(1, x)[:, None, None, :, None] for x in (col + 1, self.strip - col))
+            near, far = (self.faded(1, y, x)[:, None, None, :, None] for y in (col + 1, self.strip - col))
             out = out + F.pad(left * near, (0, 0, 0, 0, 1, 0)) + F.pad(right * far, (0, 0, 0, 0, 0, 1))
         return out.flatten(3, 4).view_as(columns)
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
-        out = reference.weighted_attention(q, k, v, self.weight().to(q.dtype)) / q.shape[-1] ** 0.5
+        out = reference.weighted_attention(q, k, v, self.weight(q)) / q.shape[-1] ** 0.5
         return reference.unit_mean_square(out, EPS)
 
-    def weight(self) -> Tensor:
+    def weight(self, like: Tensor) -> Tensor:
         """(heads, query, key): the definition, from geometry's coordinates."""
         scan = self.layer.scan
-        slot = torch.arange(self.layer.size, device=self.log_rates.device)
+        slot = torch.arange(self.layer.size, device=like.device)
         query, key = slot[:, None], slot[None, :]
         (row, col), (key_row, key_col) = scan.target(query), scan.content(key)
-        weight = self.faded(0, (row - key_row).abs()) * self.faded(1, (col - key_col).abs())
+        weight = self.faded(0, (row - key_row).abs(), like) * self.faded(1, (col - key_col).abs(), like)
         weight = torch.where(scan.is_start(key), torch.ones_like(weight), weight)
         return weight.masked_fill(~geometry.everything(scan)(query, key), 0.0)
 
@@ -193,7 +195,7 @@ class Decay2D(Recurrent):
     def advance(self, q: Tensor, k: Tensor, v: Tensor, state: Columns, **extras: Tensor) -> tuple[Tensor, Columns]:
         slot, written = torch.tensor(state.slot), k.mT @ v
         col = int(self.layer.scan.target(slot)[1])
-        row_decay, col_decay = (self.faded(axis, torch.ones(1, 1, device=q.device)) for axis in (0, 1))
+        row_decay, col_decay = (self.faded(axis, torch.ones(1, 1, device=q.device), q) for axis in (0, 1))
         if state.slot == 0:
             state.start = written
         else:

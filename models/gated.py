@@ -22,7 +22,7 @@ from .mixer import Layer
 from .recurrence import Recurrent, channelwise, decayed, delta
 from .registry import variant
 
-EPS = 1e-6  # added to the mean square, and the least length of a key
+EPS = 1e-5  # added to the mean square, as in the papers' code; and the least length of a key
 
 gated = partial(variant, family="gated", time="O(n·d²)", memory="O(n·d)", objectives=("ar",))
 
@@ -31,7 +31,7 @@ class Fading(Recurrent):
     """Base: S_t = exp(log_decay_t) ∘ S_{t-1} + k_t v_tᵀ, out_t = q_t S_t / √d, root mean square 1."""
 
     def log_decay(self, gates: Tensor | None, like: Tensor) -> Tensor:
-        """(batch or 1, heads, seq or 1, 1 or head_dim), ≤ 0."""
+        """(batch or 1, heads, seq or 1, 1 or head_dim), ≤ 0, in the dtype of `like`."""
         raise NotImplementedError
 
     def key(self, k: Tensor, gates: Tensor | None) -> Tensor:
@@ -137,11 +137,11 @@ class Discretised(Fading):
 
     def time_step(self, gate: Tensor) -> Tensor:
         """Δ of gates (batch, heads, seq, 1)."""
-        return F.softplus(gate + self.bias[:, None, None])
+        return F.softplus(gate + self.bias.to(gate.dtype)[:, None, None])
 
     def log_decay(self, gates: Tensor | None, like: Tensor) -> Tensor:
         assert gates is not None
-        return -self.log_rate.exp()[:, None, None] * self.time_step(gates[..., :1])
+        return -self.log_rate.to(like.dtype).exp()[:, None, None] * self.time_step(gates[..., :1])
 
 
 @gated(

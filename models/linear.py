@@ -6,8 +6,9 @@ Shapes: q, k, v (batch, heads, seq, head_dim); φ(q), φ(k) (batch, heads, seq, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -233,18 +234,17 @@ class Based(Linear):
 
     The paper projects q and k down to 16 channels first; here they keep all d, and the feature map of the symmetric
     square has the width 1 + d + d(d + 1)/2: the state is O(d³) a head.  Within a chunk the weight is a function of the
-    score; features are made for the state alone, a chunk at a time, and made anew in the backward pass.
-    chunk: slots a chunk; 0 for the feature map's width, at least 64, where scores and state cost the same.
+    score; features are made for the states alone, and made anew in the backward pass for a group of chunks at a time,
+    between which a state is kept: with as many slots a group as the map is wide, that is O(n·d).
     """
 
     carries = frozenset({"embed", "rotate"})
     backends = ("blocked",)
 
     def __init__(self, layer: Layer, *, chunk: int = 0) -> None:
-        d = layer.head_dim
-        width = 1 + d + d * (d + 1) // 2
-        super().__init__(layer, chunk=max(64, width) if chunk == 0 else chunk)
-        self.width = width
+        super().__init__(layer, chunk=chunk)
+        self.width = 1 + layer.head_dim + layer.head_dim * (layer.head_dim + 1) // 2
+        self.group = -(-max(self.width, 512) // self.chunk) * self.chunk
 
     def feature(self, x: Tensor, first: int = 0) -> Tensor:
         x = x * self.layer.head_dim**-0.25
@@ -253,35 +253,40 @@ class Based(Linear):
         return torch.cat([torch.ones_like(x[..., :1]), x, *squares], dim=-1)
 
     def parallel(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
-        size = q.shape[2]
-        chunk, _ = self.fitting()
-        pieces = [cut(x, chunk).unbind(2) for x in (q, k, _with_ones(v))]
+        pieces = [x.split(self.group, dim=2) for x in (q, k, _with_ones(v))]
         memory = q.new_zeros(*q.shape[:2], self.width, v.shape[-1] + 1)
-        if causal := self.layer.scan.causal:
-            read = self._read_causal if size > chunk else self._read_alone
-        else:
-            read = self._read_all
-            for piece in zip(*pieces[1:], strict=True):
-                memory = checkpoint(self._remember, *piece, memory, use_reentrant=False)
         out = []
-        for piece in zip(*pieces, strict=True):
-            out.append(checkpoint(read, *piece, memory, use_reentrant=False))
-            if causal and len(out) * chunk < size:
-                memory = checkpoint(self._remember, *piece[1:], memory, use_reentrant=False)
-        return self.normalised(torch.cat(out, dim=2)[:, :, :size])
+        if self.layer.scan.causal:
+            for piece in zip(*pieces, strict=True):
+                part, memory = self._again(self._read_earlier, *piece, memory)
+                out.append(part)
+        else:
+            for piece in zip(*pieces[1:], strict=True):
+                memory = self._again(self._remember, *piece, memory)
+            out = [self._again(self._read, piece, memory) for piece in pieces[0]]
+        return self.normalised(torch.cat(out, dim=2))
+
+    def _again(self, work: Callable[..., Any], *given: Tensor) -> Any:
+        """Work that the backward pass does anew, unless it is all in one group."""
+        return checkpoint(work, *given, use_reentrant=False) if self.layer.size > self.group else work(*given)
 
     def _remember(self, k: Tensor, v: Tensor, memory: Tensor) -> Tensor:
         return memory + self.feature(k).mT @ v
 
-    def _read_all(self, q: Tensor, k: Tensor, v: Tensor, memory: Tensor) -> Tensor:
+    def _read(self, q: Tensor, memory: Tensor) -> Tensor:
         return self.feature(q) @ memory
 
-    def _read_alone(self, q: Tensor, k: Tensor, v: Tensor, memory: Tensor) -> Tensor:
+    def _read_earlier(self, q: Tensor, k: Tensor, v: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """A group's sums over the keys no later than each query, and the memory after it."""
+        size = q.shape[2]
+        q, k, v = (cut(x, self.fitting()[0]) for x in (q, k, v))
         score = q @ k.mT * self.layer.head_dim**-0.5
-        return (1 + score + score * score / 2).tril() @ v
-
-    def _read_causal(self, q: Tensor, k: Tensor, v: Tensor, memory: Tensor) -> Tensor:
-        return self._read_alone(q, k, v, memory) + self._read_all(q, k, v, memory)
+        out = (1 + score + score * score / 2).tril() @ v
+        if self.layer.size > self.chunk:
+            states = torch.cat([memory[:, :, None], self.feature(k).mT @ v], dim=2).cumsum(dim=2)
+            out = out + self.feature(q) @ states[:, :, :-1]
+            memory = states[:, :, -1]
+        return out.flatten(2, 3)[:, :, :size], memory
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
         def taylor(x: Tensor) -> Tensor:
@@ -292,13 +297,12 @@ class Based(Linear):
         return reference.linear_attention(q, k, v, taylor, self.layer.scan.causal)
 
     def flops(self) -> int:
-        """Scores have head_dim channels, not the feature map's; the last chunk makes no state."""
-        d, channels = self.layer.head_dim, self.layer.head_dim + 1
-        chunk, slots = self.fitting()
+        """As of the others, but that scores have head_dim channels, not the feature map's."""
+        d, channels, state = self.layer.head_dim, self.layer.head_dim + 1, 4 * self.width * (self.layer.head_dim + 1)
         if not self.layer.scan.causal:
-            return self.layer.heads * slots * 4 * self.width * channels
-        state = (2 * slots - chunk) * 2 * self.width * channels if slots > chunk else 0
-        return self.layer.heads * (slots * 2 * chunk * (d + channels) + state)
+            return self.layer.heads * self.layer.size * state
+        chunk, slots = self.fitting()
+        return self.layer.heads * slots * (2 * chunk * (d + channels) + (state if slots > chunk else 0))
 
 
 @variant(
