@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import models
-from attnbench import check, receptive
+from attnbench import check, checks, receptive
 from attnbench.checks import CHECKS, Subject, examine
 from attnbench.errors import Refusal
 from models.full import Dense
@@ -41,8 +41,10 @@ def test_catalogue_passes(name: str, which: str) -> None:
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_no_variant_sees_the_future(name: str) -> None:
-    """200 shapes a variant are drawn by `attnbench.check`; here the same check, whole."""
+@pytest.mark.parametrize("shapes", [20, pytest.param(200, marks=pytest.mark.soak)])
+def test_no_variant_sees_the_future(name: str, shapes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`attnbench.check` draws 200 shapes; here a tenth of them, and all with -m soak."""
+    monkeypatch.setattr(checks, "DRAWN_SHAPES", shapes)
     verdict = examine(Subject(name), "no future")
     assert verdict.status != "failed", verdict.words
 
