@@ -19,7 +19,7 @@ from .registry import variant
     reference="Parmar et al., Image Transformer, ICML 2018 (1D local attention)",
 )
 class Local1D(ExactMixer):
-    """A target sees the start token and the `window` pixels before it; with window ≤ width never the pixel above."""
+    """A target sees the start token and the `window` pixels before it; with window < width never the pixel above."""
 
     def __init__(self, layer: Layer, *, window: int = 16) -> None:
         super().__init__(layer)

@@ -235,7 +235,7 @@ def test_help_shows_defaults_config_and_options(capsys: pytest.CaptureFixture[st
     shown = capsys.readouterr().out
     assert not end.value.code
     assert "python -m attnbench.run" in shown and "--config FILE.yaml" in shown and "--model.options.NAME" in shown
-    assert "(default: 600)" in shown
+    assert "(default: 400)" in shown
 
 
 def test_parsing_never_imports_torch() -> None:
