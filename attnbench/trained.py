@@ -1,0 +1,75 @@
+"""A run that is done, opened again: its record, its settings, its tokeniser and its best weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from attnbench import data, experiment, record, tokens, train
+from attnbench.config import RunConfig
+from attnbench.errors import Refusal
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished run left. Its config is resolved for this machine; `weights` are on the CPU."""
+
+    record: dict[str, Any]
+    config: RunConfig
+    tokeniser: tokens.Tokeniser
+    weights: dict[str, Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """height, width, vocab."""
+        told = self.record["data"]
+        return told["height"], told["width"], told["vocab"]
+
+    def model(self) -> nn.Module:
+        """The model as it was trained. Raises Refusal where the weights are not those of its settings."""
+        model = train.make_model(self.config, *self.shape)
+        try:
+            model.load_state_dict(self.weights)
+        except RuntimeError as error:
+            raise Refusal(f"{self.record['id']}: its weights are of another shape than its settings") from error
+        return model
+
+    def images(self, split: str, side: int | None = None) -> Tensor:
+        """Tokens int64 (count, height, width) of "train", "validation" or "test", as the run cut them; at any side."""
+        config = self.config.data.model_copy(update={} if side is None else {"side": side})
+        pixels = getattr(data.load(config), split).pixels
+        limit = self.config.evaluate.images if split == "test" else None
+        return torch.from_numpy(self.tokeniser.encode(pixels))[:limit]
+
+
+def load(path: Path, root: Path | None = None) -> Trained:
+    """The run whose record this is, OUT/runs/ID.json, with OUT/artifacts/ID beside it; root: where its data lies now.
+
+    Raises Refusal: a record that is damaged or not "ok", settings of another version, artifacts missing or damaged.
+    """
+    done = record.read(path)
+    if done.get("status") != "ok":
+        raise Refusal(f"{path} is the record of a run that ended with {done.get('status')!r}; name a finished one")
+    folder = path.resolve().parent.parent
+    try:
+        settings = done["config"] | {"out": folder, "device": "auto", "data": done["config"]["data"] | {"root": root}}
+        config = RunConfig.model_validate(settings)
+    except (ValidationError, KeyError, TypeError) as error:
+        raise Refusal(f"{path} has settings that this version does not know; run that cell again") from error
+    place = folder / "artifacts" / str(done["id"])
+    try:
+        tokeniser = tokens.from_json(json.loads((place / "tokeniser.json").read_text(encoding="utf-8")))
+        weights = safetensors.torch.load_file(place / "weights.safetensors")
+    except OSError as error:
+        raise Refusal(f"{place} lacks what the run left beside its record ({error.strerror}); run it again") from error
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise Refusal(f"{place} is damaged: {' '.join(str(error).split())[:100]}; run it again") from error
+    return Trained(done, experiment.resolve(config), tokeniser, weights)
