@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import geometry
+from . import backends, geometry
 from .geometry import Predicate
 from .mixer import Cache, ExactMixer, ScoreBias
 from .registry import variant
@@ -47,9 +47,11 @@ class Dense(ExactMixer):
     never kept for longer than the run; what "auto" takes where there is a bias.  "math": the n² scores laid out.
     """
 
-    backends = ("sdpa", "blocked", "math")
+    backends = ("sdpa", "blocked", "flex", "xformers", "math")
 
     def refusals(self, backend: str) -> list[str]:
+        if backend == "xformers":
+            return backends.xformers_reasons(self.layer.scan, None, self.layer.biased)
         return [] if backend == "blocked" else super().refusals(backend)
 
     def _choose_backend(self, wanted: str) -> str:
@@ -62,13 +64,14 @@ class Dense(ExactMixer):
         return torch.full((self.layer.size,), self.layer.size - 1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> Tensor:
-        if self.backend == "math":
-            return self.oracle(q, k, v, bias)
-        if self.backend == "blocked":
-            return self._blocked(q, k, v, bias)
-        if bias is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=self.layer.scan.causal)
-        return self._rows(q, k, v, 0, bias)
+        scan = self.layer.scan
+        if self.backend == "sdpa" and bias is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=scan.causal)
+        if self.backend == "sdpa":
+            return self._rows(q, k, v, 0, bias)
+        if self.backend == "xformers":
+            return backends.xformers(q, k, v, backends.xformers_bias(scan, None))
+        return super().forward(q, k, v, bias)
 
     def _blocked(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None) -> Tensor:
         if q.shape[2] <= BLOCK:

@@ -77,13 +77,23 @@ class Scan:
         return ORDERS[self.order](self.grid.height, self.grid.width)
 
     @cached_property
+    def _paths(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def _path_on(self, device: torch.device) -> Tensor:
+        """`path` on a device, copied there once."""
+        if device not in self._paths:
+            self._paths[device] = self.path.to(device)
+        return self._paths[device]
+
+    @cached_property
     def rank(self) -> Tensor:
         """int64 (n,): the slot that predicts each pixel, by raster index; the inverse of `path`."""
         return torch.argsort(self.path)
 
     def coordinates(self, place: Tensor) -> tuple[Tensor, Tensor]:
         """(row, col) of the pixels at these places of the scan."""
-        pixel = place if self.order == "raster" else self.path.to(place.device)[place]
+        pixel = place if self.order == "raster" else self._path_on(place.device)[place]
         return pixel.div(self.grid.width, rounding_mode="floor"), pixel % self.grid.width
 
     def target(self, slot: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import geometry, kernels
+from . import backends, geometry, kernels
 from .geometry import Predicate, Tiles
 from .mixer import ExactMixer, Layer, ScoreBias
 from .registry import variant
@@ -22,14 +22,24 @@ class Local1D(ExactMixer):
     """A target sees the start token and the `window` pixels before it; with window < width never the pixel above."""
 
     def __init__(self, layer: Layer, *, window: int = 16) -> None:
+        self.window = positive("window", window)  # before the base asks whether a backend can serve it
         super().__init__(layer)
-        self.window = positive("window", window)
 
     def visible(self) -> Predicate:
         return geometry.window1d(self.layer.scan, self.window)
 
     def tiles(self) -> Tiles:
         return geometry.runs(self.layer.scan, self.window)
+
+    def refusals(self, backend: str) -> list[str]:
+        if backend == "xformers":
+            return backends.xformers_reasons(self.layer.scan, self.window, self.layer.biased)
+        return super().refusals(backend)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> Tensor:
+        if self.backend == "xformers":
+            return backends.xformers(q, k, v, backends.xformers_bias(self.layer.scan, self.window))
+        return super().forward(q, k, v, bias)
 
 
 @variant(
@@ -46,11 +56,11 @@ class Local2D(ExactMixer):
     "compiled": a C++ kernel for CPU, float32 or float64, along the raster, without a bias on the scores.
     """
 
-    backends = ("compiled", "blocked", "math")
+    backends = ("compiled", "blocked", "flex", "natten", "math")
 
     def __init__(self, layer: Layer, *, radius: int = 3) -> None:
+        self.radius = positive("radius", radius)  # before the base asks whether a backend can serve it
         super().__init__(layer)
-        self.radius = positive("radius", radius)
 
     def visible(self) -> Predicate:
         return geometry.window2d(self.layer.scan, self.radius)
@@ -59,6 +69,8 @@ class Local2D(ExactMixer):
         return geometry.patches(self.layer.scan, self.radius)
 
     def refusals(self, backend: str) -> list[str]:
+        if backend == "natten":
+            return backends.natten_reasons(self.layer.scan, self.radius, self.layer.biased)
         reasons = super().refusals(backend)
         if backend != "compiled":
             return reasons
@@ -72,6 +84,8 @@ class Local2D(ExactMixer):
         return reasons + [reason for reason in [kernels.missing("local2d")] if reason]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> Tensor:
+        if self.backend == "natten":
+            return backends.natten(q, k, v, self.layer.scan, self.radius)
         if not kernels.serves(self, q, k, v):
             return super().forward(q, k, v, bias)
         grid = self.layer.scan.grid

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import geometry, reference
+from . import backends, geometry, reference
 from .geometry import Predicate, Scan, Tiles
 
-ScoreBias = Callable[[Tensor, Tensor], Tensor]
-"""Like a Predicate, but returns what is added to the scores: (heads, …) for slots of shape (…)."""
+ScoreBias = Callable[..., Tensor]
+"""Like a Predicate, but returns what is added to the scores: (heads, …) for slots of shape (…); or, told a head as its
+third argument, (…) for that head alone, as FlexAttention asks."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,16 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
 
+AHEAD = 64
+"""Slots for which decoding works out at a time who sees whom, and where they are kept."""
+
+
 @dataclass
 class Cache:
     """Keys and values that later slots may see; a slot takes the place of one that no later slot sees."""
 
     k: Tensor  # (batch, heads, kept, head_dim)
     v: Tensor
-    slots: Tensor  # (kept,): which slot each place holds, -1 for none
-    places: list[int]  # of each slot
     slot: int = 0
 
 
@@ -129,21 +132,25 @@ class ExactMixer(Mixer):
     """Exact softmax over the keys that `visible` names.
 
     A subclass states the predicate; with tiles it is also "blocked": time and memory O(tiles · queries · keys).
+    "flex": FlexAttention, on CUDA.  "math": n² scores laid out, the oracle itself.
     """
 
     carries = frozenset({"embed", "rotate", "bias"})
-    backends: ClassVar[tuple[str, ...]] = ("blocked", "math")
+    backends: ClassVar[tuple[str, ...]] = ("blocked", "flex", "math")
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
         self._tiles: tuple[Tensor, Tensor, Tensor] | None = None
-        self._places: tuple[list[int], int] | None = None
+        self._last_use: Tensor | None = None
+        self._places: tuple[list[int], int] = [], 0
+        self._seen: tuple[int, list[Tensor], list[Tensor]] | None = None
+        self._flex_mask: Any = None
 
     def refusals(self, backend: str) -> list[str]:
         reasons = super().refusals(backend)
         if backend == "blocked" and type(self).tiles is ExactMixer.tiles:
             reasons.append("states no tiles")
-        return reasons
+        return reasons + (backends.flex_reasons(self.layer.head_dim) if backend == "flex" else [])
 
     def visible(self) -> Predicate:
         """The mask, as a predicate over slots."""
@@ -163,6 +170,10 @@ class ExactMixer(Mixer):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> Tensor:
         if self.backend == "math":
             return self.oracle(q, k, v, bias)
+        if self.backend == "flex":
+            if self._flex_mask is None or self._flex_mask.kv_num_blocks.device != q.device:
+                self._flex_mask = backends.flex_mask(self.visible(), q.shape[2], q.device)
+            return backends.flex(q, k, v, self._flex_mask, bias)
         return self._blocked(q, k, v, bias)
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> Tensor:
@@ -195,23 +206,39 @@ class ExactMixer(Mixer):
         return put_back(out.unflatten(1, (q.shape[1], -1)), queries, q.shape[2])
 
     def start(self, batch: int, like: Tensor) -> Cache:
-        if self._places is None:
-            self._places = allot(self.last_use().tolist())
-        places, kept = self._places
-        empty = like.new_zeros(batch, self.layer.heads, kept, self.layer.head_dim)
-        return Cache(empty, empty.clone(), torch.full((kept,), -1, device=like.device), places)
+        if self._last_use is None:
+            self._last_use = self.last_use()
+            self._places = allot(self._last_use.tolist())
+        empty = like.new_zeros(batch, self.layer.heads, self._places[1], self.layer.head_dim)
+        return Cache(empty, empty.clone())
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, state: Cache, bias: ScoreBias | None = None
     ) -> tuple[Tensor, Cache]:
-        place = state.places[state.slot]
-        state.k[:, :, place], state.v[:, :, place], state.slots[place] = k[:, :, 0], v[:, :, 0], state.slot
-        query = torch.tensor(state.slot, device=q.device)
-        kept = (self.visible()(query, state.slots) & (state.slots >= 0)).nonzero().squeeze(1)
-        scores = None if bias is None else bias(query[None], state.slots[kept])[:, None].to(q.dtype)
-        out = F.scaled_dot_product_attention(q, state.k[:, :, kept], state.v[:, :, kept], attn_mask=scores)
+        place = self._places[0][state.slot]
+        state.k[:, :, place], state.v[:, :, place] = k[:, :, 0], v[:, :, 0]
+        keys, places = self._seen_by(state.slot, q.device)
+        scores = None
+        if bias is not None:
+            scores = bias(torch.tensor([state.slot], device=q.device), keys)[:, None].to(q.dtype)
+        kept_k, kept_v = state.k.index_select(2, places), state.v.index_select(2, places)
+        out = F.scaled_dot_product_attention(q, kept_k, kept_v, attn_mask=scores)
         state.slot += 1
         return out, state
+
+    def _seen_by(self, slot: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Which slots this one sees, and their places in the cache."""
+        first = slot - slot % AHEAD
+        if self._seen is None or self._seen[0] != first or self._seen[1][0].device != device:
+            assert self._last_use is not None, "a state comes from start"
+            slots = torch.arange(first, min(first + AHEAD, self.layer.size))
+            held = (self._last_use[: len(slots) + first] >= first).nonzero().squeeze(1)
+            mask = self.visible()(slots[:, None], held[None, :])
+            keys = held[mask.nonzero()[:, 1]]
+            places = torch.tensor(self._places[0])[keys]
+            counts = mask.sum(dim=1).tolist()
+            self._seen = first, list(keys.to(device).split(counts)), list(places.to(device).split(counts))
+        return self._seen[1][slot - first], self._seen[2][slot - first]
 
     def pairs(self) -> int:
         """How many (query, key) pairs are visible."""

@@ -186,7 +186,7 @@ class Rotary(Position):
     def rotate(self, q: Tensor, k: Tensor, slots: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         frequency = self.frequencies(layer).to(slots.device)
         at_query, at_key = (
-            torch.einsum("cn,chp->hnp", torch.stack(place).to(frequency.dtype), frequency)
+            sum(at[:, None] * f[:, None, :] for at, f in zip(place, frequency, strict=True))
             for place in self.places(slots)
         )
         return turn(q, at_query), turn(k, at_key)
@@ -272,9 +272,10 @@ class Alibi(Position):
         raise NotImplementedError
 
     def bias(self, layer: int) -> ScoreBias:
-        def penalty(query: Tensor, key: Tensor) -> Tensor:
+        def penalty(query: Tensor, key: Tensor, head: Tensor | None = None) -> Tensor:
             distance = self.distance(query, key)
-            return -self.slopes.view(-1, *[1] * distance.ndim) * distance
+            slopes = self.slopes.view(-1, *[1] * distance.ndim) if head is None else self.slopes[head]
+            return -slopes * distance
 
         return penalty
 
@@ -302,7 +303,7 @@ class RelativeBias2D(Position):
     with Relative Position Representations, 2018; in two dimensions Liu et al., Swin Transformer, 2021).
 
     A table trained at one side can be loaded at another; an offset beyond it takes the farthest entry on that axis.
-    Load it before an optimiser is made: the table keeps the size that it was trained at.
+    Then load it before an optimiser is made: the table keeps the size that it was trained at.
     """
 
     needs = "bias"
@@ -320,18 +321,24 @@ class RelativeBias2D(Position):
         rows, cols = self.table.shape[2:]
         middle = (0 if scan.downward else rows // 2, cols // 2)
 
-        def entry(query: Tensor, key: Tensor) -> Tensor:
+        start = self.start[layer]
+        # Heads last while it is looked up: twice as fast on a CPU as heads first, backward too.
+        table = self.table[layer].flatten(1).T.contiguous()
+
+        def entry(query: Tensor, key: Tensor, head: Tensor | None = None) -> Tensor:
             (row, col), (key_row, key_col) = scan.target(query), scan.content(key)
             down = (row - key_row + middle[0]).clamp(0, rows - 1)
             right = (col - key_col + middle[1]).clamp(0, cols - 1)
-            # Heads last while it is looked up: twice as fast on a CPU as heads first, backward too.
-            found = self.table[layer].flatten(1).T.contiguous()[down * cols + right]
-            return torch.where(scan.is_start(key)[..., None], self.start[layer], found).movedim(-1, 0)
+            offset = down * cols + right
+            if head is not None:
+                return torch.where(scan.is_start(key), start[head], table[offset, head])
+            return torch.where(scan.is_start(key)[..., None], start, table[offset]).movedim(-1, 0)
 
         return entry
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         table = state_dict.get(f"{prefix}table")
-        if isinstance(table, Tensor) and table.ndim == 4 and table.shape[:2] == self.table.shape[:2]:
+        own = self.table.shape
+        if isinstance(table, Tensor) and table.ndim == 4 and table.shape[:2] == own[:2] and table.shape != own:
             self.table = nn.Parameter(self.table.new_empty(table.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,196 @@
+"""Attention by other libraries, each asked for by name: FlexAttention, xformers, NATTEN. They train on CUDA only.
+
+"auto" takes none of them: they are tested on a CPU alone, as far as they run there.  Each has a function that lists
+every reason why it cannot serve a layer, and one that computes; the library is imported when first needed.
+
+Shapes: q, k, v, out (batch, heads, seq, head_dim).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .geometry import Predicate, Scan
+
+FAR = -80.0
+"""Added to a score to make its weight vanish: e⁻⁸⁰. Much more would cost the log of the mass its digits in float32."""
+
+
+def _missing(module: str, extra: str = "") -> list[str]:
+    how = f": pip install 'attnbench[{extra}]'" if extra else ""
+    return [] if find_spec(module) else [f"{module} is not installed{how}"]
+
+
+def _no_cuda(why: str) -> list[str]:
+    return [] if torch.cuda.is_available() else [f"{why}, and no CUDA device is here"]
+
+
+# --- FlexAttention: any predicate, any bias ---------------------------------------------------------------------------
+
+
+def flex_reasons(head_dim: int) -> list[str]:
+    """Why FlexAttention (Dong et al., 2024) cannot train a layer here."""
+    small = [f"takes heads of at least 16 channels, not {head_dim}"] if head_dim < 16 else []
+    return _no_cuda("on a CPU it has no backward pass") + small
+
+
+@cache
+def _flex(device: str) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Uncompiled it lays out all scores: good enough to be compared with on a CPU, where nobody trains with it.
+    kernel: Callable[..., Any] = flex_attention
+    return kernel if device == "cpu" else torch.compile(kernel, dynamic=False)
+
+
+def flex_mask(visible: Predicate, size: int, device: torch.device) -> Any:
+    """The BlockMask of a predicate; to be made once, it takes a while."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    first = torch.zeros((), dtype=torch.int64, device=device)
+    visible(first, first)  # what a scan keeps must be made before the predicate is traced
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visible(query, key)
+
+    return create_block_mask(mask_mod, None, None, size, size, device=device)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, block_mask: Any, bias: Callable[..., Tensor] | None = None) -> Tensor:
+    """Softmax over the visible keys; the bias is worked out score by score."""
+
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        assert bias is not None
+        return score + bias(query, key, head)
+
+    out: Tensor = _flex(q.device.type)(q, k, v, score_mod=score_mod if bias else None, block_mask=block_mask)
+    return out
+
+
+# --- xformers: dense, or a window along the scan ----------------------------------------------------------------------
+
+
+def xformers_reasons(scan: Scan, window: int | None, biased: bool) -> list[str]:
+    """Why memory_efficient_attention (Lefaudeux et al., xFormers, 2022) cannot serve dense attention or a window."""
+    reasons = _missing("xformers") + _no_cuda("its kernels are for CUDA")
+    if biased:
+        reasons.append("would lay out the n² bias")
+    if window is not None and scan.causal:
+        reasons.append("its bias classes know no start token beside a window")
+    return reasons
+
+
+def xformers_bias(scan: Scan, window: int | None) -> Any:
+    """The bias class that is the mask of dense attention, or of window1d with "bert"; none if all is visible."""
+    from xformers.ops.fmha import attn_bias
+
+    if window is not None:
+        return attn_bias.LocalAttentionFromBottomRightMask(window_left=window, window_right=window)
+    return attn_bias.LowerTriangularMask() if scan.causal else None
+
+
+def xformers(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    heads_later = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    out: Tensor = memory_efficient_attention(*heads_later, attn_bias=bias)
+    return out.transpose(1, 2)
+
+
+# --- NATTEN: local2d --------------------------------------------------------------------------------------------------
+
+
+def natten_reasons(scan: Scan, radius: int, biased: bool) -> list[str]:
+    """Why NATTEN (Hassani et al., Neighborhood Attention Transformer, 2023) cannot serve local2d."""
+    reasons = _missing("natten", "gpu") + _no_cuda("on a CPU it has no backward pass")
+    if biased:
+        reasons.append("adds no bias to the scores")
+    if scan.order != "raster":
+        reasons.append(f"reads along the raster only, not {scan.order!r}")
+    if radius < 2 and scan.causal:
+        reasons.append("its windows are at least 2 wide, a radius of 1 makes one of 1")
+    return reasons
+
+
+def natten(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scan: Scan,
+    radius: int,
+) -> Tensor:
+    """window2d along a raster.
+
+    NATTEN knows no raster-causal neighbourhood: of its per-axis `is_causal`, (True, True) hides what is above to the
+    right, and (True, False) shows what is to the right.  So the rows above, the own row and the start token are three
+    calls, the first two with their keys shifted by one row and by one column, merged by the log of their masses.
+
+    NATTEN also moves a window at the border inward, to keep its size.  So the grid gets a margin, whose keys an extra
+    channel makes invisible.  The outputs are merged before it is cut off: NATTEN's merge is differentiable for views of
+    what its kernels gave, not for copies.
+    """
+    from natten.functional import attention, merge_attentions, na1d, na2d
+
+    height, width = scan.grid.height, scan.grid.width
+    head_dim, wide = q.shape[-1], 2 * radius + 1
+    settings: dict[str, Any] = {"scale": head_dim**-0.5, "return_lse": True}
+    # On a CPU through FlexAttention, to be compared; on CUDA NATTEN picks its kernel.
+    fna, fmha = ("flex-fna", "flex-fmha") if q.device.type == "cpu" else (None, None)
+    near: dict[str, Any] = {**settings, "backend": fna, "attention_kwargs": {"backend": fmha}}
+    query, content = _on_grid(q, 1.0, height, width, 0), partial(_on_grid, height=height, width=width, extra=0.0)
+    if not scan.causal:
+        margin = ((radius, radius), (radius, radius))
+        out, _ = na2d(*_margin(query, content(k, shift=0), content(v, shift=0), *margin), kernel_size=wide, **near)
+        return _cut(out, height, width, radius, radius, head_dim)
+    top = max(0, radius + 1 - height)
+    margin = ((top, 0), (radius, radius))
+    # A pixel's key stands in the row below it; in the first row no key stands.
+    lower = [F.pad(content(x, shift=1)[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)) for x in (k, v)]
+    lower[0][:, 0, :, :, head_dim] = FAR * head_dim**0.5
+    padded = _margin(query, lower[0], lower[1], *margin)
+    above = na2d(*padded, kernel_size=(radius, wide), is_causal=(True, False), **near)
+    # A pixel's key stands right of it, which is its slot's own place; in the first column no key stands.
+    right = [content(x, shift=0) for x in (k, v)]
+    right[0][:, :, 0, :, head_dim] = FAR * head_dim**0.5
+    rows = [x.flatten(0, 1) for x in _margin(query, right[0], right[1], *margin)]
+    beside = na1d(*rows, kernel_size=radius, is_causal=True, **near)
+    start = [F.pad(x[:, :, :1].transpose(1, 2), (0, 8)).contiguous() for x in (k, v)]  # (batch, 1, heads, channels)
+    first = attention(padded[0].flatten(1, 2), *start, backend=fmha, **settings)
+    batch, heads = q.shape[:2]
+    parts = [
+        (out.reshape(batch, -1, heads, head_dim + 8), lse.reshape(batch, -1, heads))
+        for out, lse in (above, beside, first)
+    ]
+    fused = fna is None
+    merged, _ = merge_attentions([out for out, _ in parts], [lse for _, lse in parts], fused, fused)
+    return _cut(merged.unflatten(1, (top + height, -1)), height, width, top, radius, head_dim)
+
+
+def _on_grid(x: Tensor, extra: float, height: int, width: int, shift: int) -> Tensor:
+    """(batch, heads, seq, d) -> (batch, height, width, heads, d + 8): slot t + shift at pixel t, with eight channels
+    more, the first of them `extra`; what has no slot is 0."""
+    x = F.pad(x[:, :, shift:], (0, 8, 0, shift))
+    x[..., -8] = extra
+    return x.unflatten(2, (height, width)).permute(0, 2, 3, 1, 4).contiguous()
+
+
+def _margin(q: Tensor, k: Tensor, v: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> list[Tensor]:
+    """(batch, height, width, heads, channels) with rows and columns around them, whose keys nobody sees."""
+    q, k, v = (F.pad(x, (0, 0, 0, 0, *cols, *rows)) for x in (q, k, v))
+    inside = torch.zeros(k.shape[1:3], dtype=torch.bool, device=k.device)
+    inside[rows[0] : k.shape[1] - rows[1], cols[0] : k.shape[2] - cols[1]] = True
+    channel = torch.zeros_like(k[0, 0, 0, 0])
+    channel[-8] = FAR * (len(channel) - 8) ** 0.5  # the scale takes the root away again
+    return [q, k + channel * ~inside[None, :, :, None, None], v]
+
+
+def _cut(x: Tensor, height: int, width: int, top: int, left: int, head_dim: int) -> Tensor:
+    """The grid without margin and extra channels: (batch, …, …, heads, …) -> (batch, heads, seq, head_dim)."""
+    return x[:, top : top + height, left : left + width, :, :head_dim].flatten(1, 2).transpose(1, 2)

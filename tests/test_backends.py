@@ -1,0 +1,144 @@
+"""Other libraries' attention against ours, as far as they run on a CPU; elsewhere, that they say why they do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import models
+from models import backends, geometry
+from models.geometry import Grid, Scan, matrix
+from models.orders import ORDERS
+from models.position import POSITIONS, Shape
+from models.reference import softmax_attention
+
+EXACT = [name for name, v in models.VARIANTS.items() if "flex" in getattr(v.cls, "backends", ())]
+SHAPES = [(1, 1), (1, 6), (6, 1), (3, 5), (7, 6)]
+
+
+def build(name: str, **settings: Any) -> Any:
+    """Built as if there were a CUDA device, then asked for a forward pass only, which these have on a CPU too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        return models.build(name, height=3, width=5, vocab=2, dim=32, heads=2, depth=4, **settings).double()
+
+
+def qkv(size: int, head_dim: int = 16, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(2, 2, size, head_dim, dtype=dtype) for _ in range(3)]
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("objective", ["ar", "bert"])
+def test_flex_equals_the_oracle(name: str, objective: str) -> None:
+    model = build(name, objective=objective, backend="flex")
+    q, k, v = qkv(15)
+    with torch.no_grad():
+        for mixer in model.mixers[-2:]:
+            assert mixer.backend == "flex"
+            bias = model.position.bias(mixer.layer.index)
+            assert_close(mixer(q, k, v, bias=bias), mixer.oracle(q, k, v, bias=bias), rtol=1e-12, atol=1e-12)
+            assert not torch.allclose(mixer(q, k, v, bias=bias), mixer.oracle(q, k.roll(1, 2), v, bias=bias))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_flex_follows_every_scan(order: str) -> None:
+    visible = geometry.window2d(Scan(Grid(4, 5), order=order), 1)
+    q, k, v = qkv(20)
+    out = backends.flex(q, k, v, backends.flex_mask(visible, 20, q.device))
+    assert_close(out, softmax_attention(q, k, v, matrix(visible, 20)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name, cls in POSITIONS.items() if cls.needs == "bias"])
+def test_a_bias_for_one_head_is_that_head_of_all(name: str) -> None:
+    made = POSITIONS[name](Shape(Scan(Grid(3, 5)), dim=8, depth=2, heads=2))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_()
+    bias, slot = made.bias(1), torch.arange(15)
+    assert bias is not None
+    both = bias(slot[:, None], slot[None, :])
+    assert not torch.equal(both[0], both[1])
+    for head in (0, 1):
+        assert torch.equal(bias(slot[:, None], slot[None, :], torch.tensor(head)), both[head])
+
+
+@pytest.mark.parametrize("objective", ["ar", "bert"])
+@pytest.mark.parametrize(("height", "width"), SHAPES)
+def test_natten_by_shift_and_merge_equals_local2d(height: int, width: int, objective: str) -> None:
+    pytest.importorskip("natten")
+    scan, n = Scan(Grid(height, width), objective), height * width
+    for radius in (2, 3):
+        q, k, v = qkv(n, 8, torch.float32)
+        with torch.no_grad():
+            out = backends.natten(q, k, v, scan, radius)
+        assert_close(out, softmax_attention(q, k, v, matrix(geometry.window2d(scan, radius), n)), rtol=1e-4, atol=1e-4)
+        if (height, width) == (7, 6):
+            other = softmax_attention(q, k, v, matrix(geometry.window2d(scan, radius - 1), n))
+            assert not torch.allclose(out, other, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("objective", ["ar", "bert"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_bias_class_of_xformers_is_our_mask(objective: str, window: int | None) -> None:
+    pytest.importorskip("xformers")
+    scan = Scan(Grid(3, 5), objective)
+    ours = matrix(geometry.everything(scan) if window is None else geometry.window1d(scan, window), 15)
+    if window is not None and scan.causal:
+        assert "its bias classes know no start token beside a window" in backends.xformers_reasons(scan, window, False)
+        return
+    bias = backends.xformers_bias(scan, window)
+    theirs = torch.zeros(15, 15) if bias is None else bias.materialize((15, 15), dtype=torch.float32)
+    assert torch.equal(theirs == 0, ours)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, so none is missed")
+def test_on_a_cpu_each_says_why_not() -> None:
+    shape: dict[str, Any] = {"height": 3, "width": 5, "vocab": 2, "dim": 16, "heads": 2}
+    for name, backend, words in [
+        ("local2d", "flex", "no backward pass, and no CUDA device is here; takes heads of at least 16 channels, not 8"),
+        ("dense1d", "xformers", "its kernels are for CUDA, and no CUDA device is here"),
+        ("dense-alibi2d", "xformers", "would lay out the n² bias"),
+        ("local2d", "natten", "on a CPU it has no backward pass, and no CUDA device is here"),
+        ("axial", "natten", "has no such implementation"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            models.build(name, backend=backend, **shape)
+
+
+def test_natten_names_every_reason() -> None:
+    reasons = "; ".join(backends.natten_reasons(Scan(Grid(3, 5), order="hilbert"), 1, biased=True))
+    for words in ("adds no bias", "along the raster only, not 'hilbert'", "a radius of 1"):
+        assert words in reasons
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_auto_takes_none_of_them(name: str) -> None:
+    assert not {"flex", "xformers", "natten"} & set(build(name).backend.split("+"))
+
+
+def test_a_library_is_not_imported_unasked() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import models, sys; models.build('dense1d', height=2, width=2, vocab=2); "
+        "print({'xformers', 'natten'} & set(sys.modules))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert told.stdout.strip() == "set()"
+
+
+def test_a_layer_with_flex_makes_its_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    make = backends.flex_mask
+    monkeypatch.setattr(backends, "flex_mask", lambda *given: made.append(1) or make(*given))  # type: ignore[func-returns-value]
+    mixer = build("local1d", backend="flex").mixers[0]
+    with torch.no_grad():
+        mixer(*qkv(15))
+        mixer(*qkv(15))
+    assert len(made) == 1
