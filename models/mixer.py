@@ -92,10 +92,6 @@ AHEAD = 64
 """Slots for which decoding works out at a time who sees whom, and where they are kept."""
 
 
-AHEAD = 64
-"""Slots for which decoding works out at a time who sees whom, and where they are kept."""
-
-
 @dataclass
 class Cache:
     """Keys and values that later slots may see; a slot takes the place of one that no later slot sees."""
