@@ -1,0 +1,304 @@
+"""The figures of the report: seaborn on matplotlib's Agg, imported only when something is drawn.
+
+A figure is drawn from the frame of records, or not at all where the records do not carry it; its text alternative says
+the same in words. Colours of text and axes follow the page (light or dark): the SVG says `currentColor`.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from attnbench import frame, stats, tables
+
+INK = "#010203"  # stands for the colour of the page's text until the SVG is written
+MOST_LINES = 12
+"""At most so many settings in one figure; the best by likelihood."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure; `svg` is an element, `png` bytes or None where none was asked for."""
+
+    key: str
+    claim: str
+    title: str
+    alt: str
+    svg: str
+    png: bytes | None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a figure is made: `draw(axes, runs)` returns its text alternative, or None where there is nothing to draw."""
+
+    key: str
+    claim: str
+    title: str
+    draw: Callable[[Any, pd.DataFrame], str | None]
+
+
+def pictures(runs: pd.DataFrame, only: set[str] | None = None, png: bool = False) -> Iterator[Picture]:
+    """Every figure that the records carry (of `only` these keys, if given)."""
+    if tables.finished(runs).empty:
+        return
+    for drawing in DRAWINGS:
+        if only is None or drawing.key in only:
+            found = _picture(drawing, runs, png)
+            if found is not None:
+                yield found
+
+
+def _picture(drawing: Drawing, runs: pd.DataFrame, png: bool) -> Picture | None:
+    with _style(drawing.key) as plt:
+        figure, axes = plt.subplots(figsize=(5.4, 3.8))
+        try:
+            alt = drawing.draw(axes, runs)
+            if alt is None:
+                return None
+            picture = _raster(figure) if png else None
+            return Picture(drawing.key, drawing.claim, drawing.title, alt, _vector(figure, drawing.key), picture)
+        finally:
+            plt.close(figure)
+
+
+@contextmanager
+def _style(key: str) -> Iterator[Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import seaborn
+
+    coloured = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
+    ink: dict[Any, Any] = dict.fromkeys(coloured, INK)
+    plain: dict[Any, Any] = {
+        "svg.fonttype": "none", "svg.hashsalt": key, "figure.facecolor": "none", "axes.facecolor": "none",
+        "grid.color": "#88888855", "legend.frameon": False, "font.size": 10, "axes.spines.top": False,
+        "axes.spines.right": False, "savefig.facecolor": "none",
+    }  # fmt: skip
+    with (
+        seaborn.axes_style("whitegrid"),
+        seaborn.color_palette("colorblind", MOST_LINES),
+        plt.rc_context({**ink, **plain}),
+    ):
+        yield plt
+
+
+def _raster(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight", facecolor="white")
+    return buffer.getvalue()
+
+
+def _vector(figure: Any, key: str) -> str:
+    """The figure as an <svg> element whose ids are its own and whose ink is the page's."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    text = re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{key}-", text)
+    text = text.replace(INK, "currentColor").replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
+    return re.sub(r'(<svg[^>]*?) width="[^"]*pt"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*pt"', r"\1", text))
+
+
+def _legend(axes: Any) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        # Below the axes: beside them, the letters of both would be too small on a phone.
+        axes.legend(title="", loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=3, fontsize=9, columnspacing=1.0)
+
+
+def _leading(runs: pd.DataFrame) -> pd.DataFrame:
+    """The best MOST_LINES settings of the leading context."""
+    known = tables.finished(runs)
+    known = known[(known["context"] == tables.leading_context(runs)) & known["nats_per_token"].notna()]
+    best = known.groupby("setting")["nats_per_token"].mean().nsmallest(MOST_LINES).index
+    return known[known["setting"].isin(best)]
+
+
+def likelihood_against_cost(axes: Any, runs: pd.DataFrame) -> str | None:
+    """Nats per token against peak memory of training, or FLOPs where memory was not measured, with the Pareto front."""
+    import seaborn
+
+    known = _leading(runs)
+    measured = len(known) > 0 and known["train_peak_bytes"].notna().all()
+    column, scale, label = (
+        ("train_peak_bytes", 2**20, "training memory at peak (MiB)")
+        if measured
+        else ("train_flops_per_image", 1e9, "training cost (GFLOPs/image)")
+    )
+    known = known.dropna(subset=[column])
+    if known.empty:
+        return None
+    means = known.groupby("setting", sort=False).agg(cost=(column, "median"), nats=("nats_per_token", "mean"))
+    means["cost"] /= scale
+    means["low"], means["high"] = zip(*(_ends(rows) for _, _, rows in tables.groups(known)), strict=True)
+    for (setting, row), colour in zip(means.iterrows(), seaborn.color_palette("colorblind", len(means)), strict=True):
+        reach = [[max(0.0, row["nats"] - row["low"])], [max(0.0, row["high"] - row["nats"])]]
+        axes.errorbar(row["cost"], row["nats"], yerr=reach, fmt="o", color=colour, label=str(setting), capsize=3)
+    best = means[stats.pareto(means[["cost", "nats"]].to_numpy(float).tolist())].sort_values("cost")
+    axes.plot(best["cost"], best["nats"], color=INK, linewidth=0.8, linestyle=":", zorder=0)
+    axes.set(xlabel=label, ylabel="nats/token (less is better)")
+    if means["cost"].max() / means["cost"].min() > 30:
+        axes.set_xscale("log")
+    _legend(axes)
+    points = "; ".join(f"{name} {row['nats']:.3f} nats at {row['cost']:.4g}" for name, row in means.iterrows())
+    return f"Dotted: those that none beats in both. {points}."
+
+
+def _ends(rows: pd.DataFrame) -> tuple[float, float]:
+    found = stats.interval(tables.likelihoods(rows), resamples=500)
+    return (found.estimate, found.estimate) if found.low is None or found.high is None else (found.low, found.high)
+
+
+def learning_curves(axes: Any, runs: pd.DataFrame) -> str | None:
+    """Validation loss against steps, a line a setting, the band its seeds."""
+    import seaborn
+
+    rows = [
+        {"step": step, "nats": value, "setting": row.setting}
+        for row in frame.rows(_leading(runs))
+        for step, value in _validation(row.record)
+    ]
+    table = pd.DataFrame(rows)
+    if table.empty or table["step"].nunique() < 2:
+        return None
+    seaborn.lineplot(table, x="step", y="nats", hue="setting", ax=axes, errorbar=("pi", 100))
+    axes.set(xlabel="step", ylabel="validation nats/token")
+    _legend(axes)
+    return "Validation loss by training step: " + _last(table, "step", "nats")
+
+
+def _validation(record: frame.Record) -> list[tuple[float, float]]:
+    curves = frame.part(record, "curves")
+    steps, values = curves.get("validation_steps"), curves.get("validation")
+    if not isinstance(steps, list) or not isinstance(values, list):
+        return []
+    pairs = zip(steps, values, strict=False)
+    return [(s, v) for s, v in pairs if isinstance(s, int | float) and isinstance(v, int | float)]
+
+
+def _last(table: pd.DataFrame, x: str, y: str) -> str:
+    ends = table[table[x] == table[x].max()].groupby("setting", sort=False)[y].mean()
+    return "; ".join(f"{name} {value:.4g}" for name, value in ends.items()) + "."
+
+
+def _growth(column: str, scale: float, label: str) -> Callable[[Any, pd.DataFrame], str | None]:
+    def draw(axes: Any, runs: pd.DataFrame) -> str | None:
+        import seaborn
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+        known = tables.finished(runs).dropna(subset=[column, "tokens"])
+        sides = (
+            known.groupby(["setting", "data"])["tokens"].transform("nunique") if len(known) else pd.Series(dtype=float)
+        )
+        known = known[sides > 1]
+        if known.empty:
+            return None
+        most = known["data"].value_counts().index[0]
+        known = known[known["data"] == most]
+        kept = list(dict.fromkeys(known["setting"]))[:MOST_LINES]
+        known = known[known["setting"].isin(kept)].assign(value=known[column] * scale)
+        seaborn.lineplot(known, x="tokens", y="value", hue="setting", style="setting", markers=True, dashes=False,
+                         ax=axes, errorbar=("pi", 100))  # fmt: skip
+        axes.set(xlabel=f"tokens ({most})", ylabel=label, xscale="log", yscale="log")
+        axes.set_xticks(sorted(known["tokens"].unique()), [f"{t:.0f}" for t in sorted(known["tokens"].unique())])
+        axes.xaxis.set_minor_locator(NullLocator())
+        wide = known["value"].max() / known["value"].min() > 100
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _legend(axes)
+        return f"{label[:1].upper()}{label[1:]} at the largest side: " + _last(known, "tokens", "value")
+
+    return draw
+
+
+def by_reach(axes: Any, runs: pd.DataFrame) -> str | None:
+    """Nats per token against the radius of a window."""
+    import seaborn
+
+    table = tables.windows(runs)
+    if table.empty or table["reach"].nunique() < 2:
+        return None
+    known = table.dropna(subset=["reach", "nats_per_token"])
+    known = known[known["context"] == known["context"].value_counts().index[0]]
+    seaborn.lineplot(known, x="reach", y="nats_per_token", marker="o", ax=axes)
+    axes.set(xlabel="radius or window (pixels)", ylabel="nats/token")
+    return "Nats per token by reach: " + "; ".join(
+        f"{row.reach:.0f}: {row.nats_per_token:.3f}" for row in known.sort_values("reach").itertuples()
+    )
+
+
+def loss_against_probe(axes: Any, runs: pd.DataFrame) -> str | None:
+    """Probe accuracy against loss, a dot a run: S1."""
+    import seaborn
+
+    known = tables.finished(runs).dropna(subset=["nats_per_token", "probe_accuracy_best"])
+    if len(known) < 3:
+        return None
+    most = known["data"].value_counts().index[0]
+    kept = known[known["data"] == most]["setting"].value_counts().index[:MOST_LINES]
+    known = known[(known["data"] == most) & known["setting"].isin(kept)].head(2000)
+    seaborn.scatterplot(known, x="nats_per_token", y="probe_accuracy_best", hue="setting", style="setting", ax=axes)
+    axes.set(xlabel="nats/token", ylabel="best probe accuracy")
+    axes.invert_xaxis()
+    _legend(axes)
+    rho = stats.rank_correlation(known["nats_per_token"].tolist(), known["probe_accuracy_best"].tolist())
+    return f"{len(known)} runs on {most}; rank correlation {rho:.2f}, all runs together."
+
+
+def probe_by_depth(axes: Any, runs: pd.DataFrame) -> str | None:
+    """Probe accuracy against depth, a line a setting, the band its seeds: S2."""
+    import seaborn
+
+    rows = [
+        {"depth": depth, "accuracy": value, "setting": row.setting}
+        for row in frame.rows(_leading(runs))
+        for depth, value in enumerate(frame.depths(row.record))
+    ]
+    if not rows:
+        return None
+    table = pd.DataFrame(rows)
+    seaborn.lineplot(table, x="depth", y="accuracy", hue="setting", marker="o", ax=axes, errorbar=("pi", 100))
+    axes.set(xlabel="layer (0 is the embedding)", ylabel="probe accuracy")
+    axes.set_xticks(sorted(table["depth"].unique()))
+    _legend(axes)
+    best = table.groupby(["setting", "depth"], sort=False)["accuracy"].mean().unstack().idxmax(axis=1)
+    return "; ".join(f"{name} is best at layer {depth}" for name, depth in best.items())
+
+
+def heat(rows: list[list[float]], edge: int = 112) -> bytes:
+    """PNG of an error map (height × width, nats), from pale (least) to dark (most)."""
+    from matplotlib import colormaps
+    from PIL import Image
+
+    values = np.asarray(rows)
+    spread = float(np.ptp(values)) or 1.0
+    shade = (colormaps["cividis_r"]((values - values.min()) / spread)[..., :3] * 255).astype(np.uint8)
+    scale = max(1, edge // max(values.shape))
+    buffer = io.BytesIO()
+    Image.fromarray(shade.repeat(scale, 0).repeat(scale, 1)).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+DRAWINGS = (
+    Drawing("cost", "front", "Likelihood against cost", likelihood_against_cost),
+    Drawing("curves", "front", "Learning curves", learning_curves),
+    Drawing("time", "C1", "Training time against sequence length",
+            _growth("seconds_per_image", 1e3, "training time (ms/image)")),
+    Drawing("memory", "C1", "Training memory against sequence length",
+            _growth("train_peak_bytes", 2.0**-20, "training memory at peak (MiB)")),
+    Drawing("reach", "C4", "Likelihood against the reach of a window", by_reach),
+    Drawing("state", "C5", "What decoding keeps against sequence length",
+            _growth("state_bytes_per_image", 2.0**-10, "decoding state (KiB/image)")),
+    Drawing("representation", "S1", "Probe accuracy against loss", loss_against_probe),
+    Drawing("depth", "S2", "Probe accuracy by depth", probe_by_depth),
+)  # fmt: skip

@@ -1,0 +1,283 @@
+"""Records as a pandas frame: one row a record, with what is derived from it. What a record lacks is missing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from attnbench.config import RunConfig
+from attnbench.suite import Selector
+
+Record = dict[str, Any]
+
+RUN = ("id", "status", "variant", "family", "backend", "seed")
+METRICS = (
+    "nats_per_token", "bits_per_token", "bits_per_dim", "validation_nats_per_token", "regret_nats_per_token",
+    "probe_accuracy_best", "parameters", "train_flops_per_image", "train_peak_bytes", "predicted_train_peak_bytes",
+    "train_images_per_second", "eval_images_per_second", "sample_images_per_second", "state_bytes_per_image",
+    "steps", "seconds",
+)  # fmt: skip
+DERIVED = (
+    "seconds_per_image", "row_start_nats", "interior_nats", "first_row_nats",
+    "probe_first", "probe_last", "probe_depth",
+)  # fmt: skip
+KEYS = (
+    "data",
+    "side",
+    "height",
+    "width",
+    "tokens",
+    "objective",
+    "lr",
+    "setting",
+    "context",
+    "cell",
+    "chosen",
+    "record",
+)
+COLUMNS = (*RUN, *METRICS, *DERIVED, *KEYS)
+
+SETTING = ("variant", "position", "model.options", "model.backend")
+"""What makes a subject of comparison; whatever else was set is the context in which it was compared."""
+_COLUMN_OF = {"variant": "variant", "family": "family", "data": "data", "data.name": "data", "side": "height"}
+_NOT_CONTEXT = ("seed", "train.lr", "measure", "sample", "data.root", "probe.enabled", "train.checkpoint_every")
+_SHOWN = {"data.name", "data.side", "model.dim", "model.depth", "model.heads", "model.objective", "train.steps",
+          "train.batch", "train.precision", "device"}  # fmt: skip
+
+
+def frame(records: Iterable[Record]) -> pd.DataFrame:
+    """One row a record, columns COLUMNS; `record` is the record itself, `chosen` False for a rate that lost."""
+    runs = pd.DataFrame([_row(record) for record in records], columns=list(COLUMNS))
+    numbers = [*METRICS, *DERIVED, "height", "width", "tokens", "seed", "lr"]
+    runs[numbers] = runs[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
+    runs["chosen"] = _chosen(runs) & runs["seed"].notna()  # a run without a seed cannot be paired
+    return runs
+
+
+def rows(runs: pd.DataFrame) -> Iterator[Any]:
+    """The rows as named tuples."""
+    return iter(runs.itertuples())
+
+
+def by_seed(runs: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame]]:
+    """(seed, its runs)."""
+    return ((int(str(seed).partition(".")[0]), own) for seed, own in runs.groupby("seed"))
+
+
+def lookup(record: Record, path: str) -> Any:
+    """A record's value by a selector's key: its own keys, `data` (name), `side` (height), or a dotted setting."""
+    if path in RUN:
+        return record.get(path)
+    if path in ("data", "data.name"):
+        return part(record, "data").get("name") or part(part(record, "config"), "data").get("name")
+    if path == "side":
+        return part(record, "data").get("height")
+    found: Any = record.get("config")
+    for name in path.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def matches(record: Record, selector: Selector) -> bool:
+    """Whether a record is one that a selector means; one that names a variant means it at its own position, options and
+    backend, but for those that it names too."""
+    if "variant" in selector and not _as_it_comes(record, selector):
+        return False
+    return all(
+        lookup(record, path) in (value if isinstance(value, tuple) else (value,)) for path, value in selector.items()
+    )
+
+
+def _as_it_comes(record: Record, selector: Selector) -> bool:
+    config = part(record, "config")
+    model = part(config, "model")
+    changed = [f"model.options.{name}" for name in part(model, "options")]
+    changed += ["position"] if config.get("position") is not None else []
+    changed += ["model.backend"] if model.get("backend") not in (None, "auto") else []
+    return all(path in selector for path in changed)
+
+
+def select(runs: pd.DataFrame, *selectors: Selector) -> pd.DataFrame:
+    """The finished runs at their chosen learning rate that all the selectors mean."""
+    kept = (runs["status"] == "ok") & runs["chosen"].astype(bool)
+    for selector in selectors:
+        for path, value in selector.items():
+            if path in _COLUMN_OF:  # by column first: most records are out before anyone looks into them
+                kept &= runs[_COLUMN_OF[path]].isin(value if isinstance(value, tuple) else (value,))
+    found = runs[kept]
+    chosen = [all(matches(record, selector) for selector in selectors) for record in found["record"]]
+    return found[np.asarray(chosen, dtype=bool)]
+
+
+def context_key(record: Record, without: Iterable[str] = ()) -> str:
+    """Everything that two runs must share to be compared, but for the settings named in `without`."""
+    left_out = (
+        {*without} | ({"data.name"} if "data" in without else set()) | ({"data.side"} if "side" in without else set())
+    )
+    flat = {
+        path: value
+        for path, value in _flat(part(record, "config")).items()
+        if not _under(path, (*SETTING, *_NOT_CONTEXT, *left_out))
+    }
+    if "side" not in without and "data" not in without:
+        flat["checksum"] = part(record, "data").get("checksum")
+    return json.dumps(flat, sort_keys=True, default=str)
+
+
+def part(record: Mapping[str, Any], key: str) -> Record:
+    """A record's sub-dictionary, empty where there is none."""
+    value = record.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _row(record: Record) -> dict[str, Any]:
+    config, data, metrics = part(record, "config"), part(record, "data"), part(record, "metrics")
+    height, width = number(data.get("height")), number(data.get("width"))
+    row: dict[str, Any] = {key: record.get(key) for key in RUN}
+    row |= {key: number(metrics.get(key)) for key in METRICS}
+    row |= _derived(record, metrics)
+    row |= {
+        "data": lookup(record, "data"),
+        "side": f"{height:.0f}×{width:.0f}" if height and width else None,
+        "height": height,
+        "width": width,
+        "tokens": height * width if height and width else None,
+        "objective": part(config, "model").get("objective"),
+        "lr": number(part(config, "train").get("lr")),
+        "setting": setting(record),
+        "context": context(record),
+        "cell": f"{setting(record)}|{context_key(record)}",
+        "chosen": True,
+        "record": record,
+    }
+    row["steps"] = row["steps"] if row["steps"] is not None else number(part(config, "train").get("steps"))
+    return row
+
+
+def _derived(record: Record, metrics: Record) -> dict[str, float | int | None]:
+    speed = number(metrics.get("train_images_per_second"))
+    found: dict[str, float | int | None] = {"seconds_per_image": 1 / speed if speed else None}
+    found |= _by_place(record.get("nll_map"))
+    probe = depths(record)
+    if probe:
+        found |= {"probe_first": probe[0], "probe_last": probe[-1], "probe_depth": probe.index(max(probe))}
+    return found
+
+
+def depths(record: Record) -> list[float]:
+    """Probe accuracy by depth, embedding first; empty where it was not probed."""
+    found = part(record, "metrics").get("probe_accuracy")
+    numbers = [number(value) for value in found] if isinstance(found, list) else []
+    return [value for value in numbers if value is not None] if None not in numbers else []
+
+
+def nll_map(record: Record) -> list[list[float]] | None:
+    """The error map (height × width), nats; None where there is none or it is no rectangle of numbers."""
+    found = record.get("nll_map")
+    if not isinstance(found, list) or not found or not all(isinstance(row, list) and row for row in found):
+        return None
+    rows = [[number(value) for value in row] for row in found]
+    if len({len(row) for row in rows}) != 1 or any(value is None for row in rows for value in row):
+        return None
+    return [[float(value or 0.0) for value in row] for row in rows]
+
+
+def numbers(lists: Any) -> NDArray[np.float64] | None:
+    """Equally long lists of finite numbers as an array; None where they are something else."""
+    try:
+        found = np.asarray(lists, dtype=float)
+    except (TypeError, ValueError):
+        return None
+    return found if found.size and np.isfinite(found).all() else None
+
+
+def _by_place(found: Any) -> dict[str, float | int | None]:
+    """Mean nats of the first row, of the row starts below it, and of what has a neighbour on every earlier side."""
+    rows = nll_map({"nll_map": found})
+    if rows is None or len(rows) < 2 or len(rows[0]) < 3:
+        return {}
+    inside = [value for row in rows[1:] for value in row[1:-1]]
+    return {
+        "first_row_nats": sum(rows[0]) / len(rows[0]),
+        "row_start_nats": sum(row[0] for row in rows[1:]) / (len(rows) - 1),
+        "interior_nats": sum(inside) / len(inside),
+    }
+
+
+def setting(record: Record) -> str:
+    """The subject in words: the variant, its position if not its own, its options, its backend if not automatic."""
+    config = part(record, "config")
+    words = [str(record.get("variant"))]
+    if config.get("position"):
+        words.append(f"+ {config['position']}")
+    model = part(config, "model")
+    words += [f"{name}={value}" for name, value in sorted(part(model, "options").items())]
+    if model.get("backend") not in (None, "auto"):
+        words.append(f"({model['backend']})")
+    return " ".join(words)
+
+
+def context(record: Record) -> str:
+    """Where it was compared, in words: data, shape of the trunk, budget, and whatever else is not at its default."""
+    config, data = part(record, "config"), part(record, "data")
+    if not config:
+        return "unknown"
+    model, train = part(config, "model"), part(config, "train")
+    words = [f"{lookup(record, 'data')} {data.get('height', '?')}×{data.get('width', '?')}"]
+    words.append(
+        f"{model.get('depth')} layers of {model.get('dim')}, {train.get('steps')} steps of {train.get('batch')}"
+    )
+    if config.get("device") == "cuda":
+        words.append("CUDA")
+    if model.get("objective") != "ar":
+        words.append(str(model.get("objective")))
+    words += [
+        f"{path.removeprefix('train.').replace('.', ' ')} {value}"
+        for path, value in _flat(config).items()
+        if not _under(path, (*SETTING, *_NOT_CONTEXT, *_SHOWN)) and (path not in _DEFAULTS or value != _DEFAULTS[path])
+    ]
+    return ", ".join(words)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _under(path: str, roots: Iterable[str]) -> bool:
+    return any(path == root or path.startswith(f"{root}.") for root in roots)
+
+
+def number(value: Any) -> float | int | None:
+    """A finite number as it is; None for anything else."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+
+
+def _chosen(runs: pd.DataFrame) -> pd.Series:
+    """Of the rates that a cell tried, the best by validation on the seeds that tried them all; a failure loses."""
+    chosen = pd.Series(True, index=runs.index, dtype=bool)
+    for _, tried in runs.groupby("cell", sort=False):
+        if tried["lr"].nunique() < 2:
+            continue
+        loss = tried["validation_nats_per_token"].where(tried["status"] == "ok", math.inf).fillna(math.inf)
+        table = tried.assign(loss=loss).pivot_table(
+            index="seed", columns="lr", values="loss", aggfunc="min", dropna=False
+        )
+        shared = table.dropna()
+        means = (shared if len(shared) else table.fillna(math.inf)).mean()
+        chosen[tried.index] = tried["lr"] == means.idxmin()
+    return chosen
+
+
+_DEFAULTS = _flat(RunConfig.model_construct(variant="").model_dump(mode="json"))

@@ -1,0 +1,161 @@
+"""From records to pages: `python -m attnbench.report RUNS --out DIR` writes tables, figures, verdicts and index.html.
+
+Written are verdicts.csv, rules.csv (every rule, not only the leading ones), runs.csv, front.csv, a CSV and a Markdown
+file for every other table, figures as SVG and PNG, report.md, and one self-contained index.html.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from attnbench import cli, record, storage
+from attnbench.config import Settings
+from attnbench.errors import Refusal
+
+
+class ReportConfig(Settings):
+    """Tables, figures, verdicts and one self-contained page from a folder of results."""
+
+    runs: Annotated[Path, tyro.conf.Positional] = Path("results")
+    """Folder of results, the one that has runs/ in it."""
+    out: Path | None = None
+    """Folder to write to; RUNS/report if none is named."""
+
+
+def refresh(out: Path) -> Path:
+    """Writes out/report from out/runs/*.json, with one figure so that it takes no time; the page's path."""
+    return write(out, out / "report", quick=True)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """The suites whose rules apply, and what must be said about when they were declared."""
+
+    suites: list[Any]
+    notes: list[str]
+
+
+def declared(results: Path) -> Declared:
+    """The rules of the suites that were swept here, as they stood before, and those that come with attnbench."""
+    from pydantic import ValidationError
+
+    from attnbench import suite
+
+    found: dict[str, list[tuple[str, suite.Suite]]] = {}
+    notes = []
+    for path in sorted((results / "suites").glob("*.json")):
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            one = suite.Suite.model_validate(told["suite"])
+            found.setdefault(one.name, []).append((str(told["declared"]), one))
+        except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+            notes.append(f"{path.name} is no suite that can be read ({type(error).__name__}); its rules are left out.")
+    suites = []
+    for name, versions in sorted(found.items()):
+        versions.sort(key=lambda version: version[0])
+        suites.append(versions[-1][1])
+        notes.append(f"Suite {name}: its rules were declared on {versions[-1][0]}, before its runs.")
+        if len(versions) > 1:
+            notes.append(
+                f"Suite {name} was changed {len(versions) - 1} times since {versions[0][0]}; the last one counts."
+            )
+    return Declared(suites + [one for one in suite.packaged() if one.name not in found], notes)
+
+
+def write(results: Path, folder: Path, quick: bool = False) -> Path:
+    """Writes the whole report into `folder`; the page's path. Damaged records are named on it. Raises Refusal."""
+    from attnbench import (
+        contents,
+        figures,
+        frame,
+        page,
+        tables,
+        verdicts,
+    )  # pandas takes a second: --help answers without it
+
+    if results.exists() and not results.is_dir():
+        raise Refusal(f"{results} is no folder; name the folder of results that has runs/ in it")
+    records, problems = record.read_all(results)
+    runs = frame.frame(records)
+    rules = declared(results)
+    judged = verdicts.judge(runs, rules.suites)
+    pictures = list(figures.pictures(runs, {"cost"} if quick else None, png=not quick))
+    front = tables.front(runs)
+    made = {entry.key: entry.make(runs) for entry in contents.ENTRIES}
+    _write_tables(folder, runs, front, made, verdicts.table(judged), verdicts.rules(judged))
+    for picture in pictures:
+        storage.write_text(folder / "figures" / f"{picture.key}.svg", picture.svg)
+        if picture.png:
+            storage.write_bytes(folder / "figures" / f"{picture.key}.png", picture.png)
+    links = page.anchors(runs)
+    context: dict[str, Any] = {
+        "count": len(records),
+        "failed": int((runs["status"] != "ok").sum()),
+        "problems": problems,
+        "notes": rules.notes,
+        "cards": page.cards(judged),
+        "context": tables.leading_context(runs),
+        "front": page.shown("front", "front", "Every variant, one row", front, "any finished run", links),
+        "tables": [page.shown(e.key, e.claim, e.title, made[e.key], e.note, links) for e in contents.ENTRIES],
+        "runs": page.shown("runs", "all", "Every run", tables.every_run(runs), "any run", most=len(runs)),
+        "figures": pictures,
+        "images": page.inlined(results, runs),
+        "origins": page.origins(runs),
+        "commits": sorted({str(frame.part(r, "environment").get("commit") or "unknown")[:12] for r in records}),
+        "claims": verdicts.CLAIMS,
+        "corrections": verdicts.texts()["corrections"].values(),
+    }
+    storage.write_text(folder / "report.md", _render("report.md", context))
+    return storage.write_text(folder / "index.html", _render("page.html", context))
+
+
+def _write_tables(folder: Path, runs: Any, front: Any, made: dict[str, Any], judged: Any, rules: Any) -> None:
+    from attnbench import tables
+
+    plain = runs.drop(columns=["record", "cell"])
+    every = tables.every_run(runs)
+    for name, table in {"verdicts": judged, "rules": rules, "runs": plain, "front": front, **made}.items():
+        storage.write_text(folder / f"{name}.csv", table.to_csv(index=False))
+        short = every if name == "runs" else table
+        text = short.to_markdown(index=False, floatfmt=".4g") if len(short) else "Not run."
+        storage.write_text(folder / f"{name}.md", text + "\n")
+
+
+def _render(template: str, context: dict[str, Any]) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=lambda name: str(name).endswith((".html", ".css", ".js")),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["inf"] = math.inf
+    environment.filters["cell"] = _markdown_cell
+    return environment.get_template(template).render(**context)
+
+
+def _markdown_cell(value: object) -> str:
+    """Text that stays in its cell of a Markdown table, whatever it holds."""
+    text = " ".join(str(value).split())
+    for sign in "\\`|*_<>[]":
+        text = text.replace(sign, f"\\{sign}" if sign != "<" else "&lt;")
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = cli.parse(ReportConfig, argv, prog="attnbench.report")
+    print(write(config.runs, config.out or config.runs / "report"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.command(main)())
