@@ -1,0 +1,197 @@
+"""What is predicted: the meter of fake storages, lines through few layers, the search, the measured peak, commands."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import models
+from attnbench import measure, plan, predict, trace, train
+from attnbench.config import ModelConfig, RunConfig, TrainConfig
+from attnbench.errors import Refusal
+from attnbench.measure import Request
+
+ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the meter is /proc's")
+SIDES = ((8, 128), (16, 32), (32, 8))
+"""Sides, with a batch that makes the peak large beside what libraries need for themselves."""
+
+
+def request_for(
+    variant: str, side: int, batch: int = 2, depth: int = 4, dim: int = 64, objective: str | None = None
+) -> Request:
+    told = objective or models.VARIANTS[variant].objectives[0]
+    model = ModelConfig(dim=dim, depth=depth, heads=4, objective=told)  # type: ignore[arg-type]
+    settings = TrainConfig(batch=batch, precision="float32")
+    return Request(RunConfig(variant=variant, model=model, train=settings, device="cpu"), side, side, 17)
+
+
+# --- the meter --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["dense1d", "local1d"])
+def test_counts_as_torchs_own_tracker(variant: str) -> None:
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    request = request_for(variant, 8, depth=2)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tokens = torch.zeros((2, 8, 8), dtype=torch.long)
+        with MemTracker() as tracker:
+            model = train.make_model(request.config, *request.shape)
+            optimiser = train.make_optimiser(model, request.config)
+            for step in range(2):
+                train.train_step(model, optimiser, tokens, step, request.config)
+                tracker.reset_mod_stats()
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    found = trace.step(request)
+    assert found.bytes - found.worst["overhead"] == pytest.approx(peak["Total"], rel=0.005)
+
+
+def test_parameters_gradients_and_moments_are_what_they_must_be() -> None:
+    request = request_for("dense1d", 4, batch=1, depth=8, dim=128)
+    size = 4 * sum(p.numel() for p in trace.build(request).parameters())
+    kinds = trace.step(request).peaks["late backward"]
+    assert size <= kinds["parameters"] < 1.01 * size
+    assert 2 * size <= kinds["optimiser"] < 2.01 * size
+    assert 0.8 * size < kinds["gradients"] <= size
+
+
+def test_no_memory_and_no_luck_is_used() -> None:
+    """A model of 27 GB; and the global generator stands where it stood."""
+    request = request_for("dense1d", 16, depth=1, dim=24_000)
+    before = torch.get_rng_state()
+    assert trace.step(request).bytes > 4 * 12 * 24_000**2 * 3
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_step_of_too_many_operations_is_given_up() -> None:
+    with pytest.raises(trace.TooLong):
+        trace.step(request_for("dense1d", 4), limit=100)
+
+
+def test_bert_is_traced_too() -> None:
+    assert trace.step(request_for("dense1d", 8, objective="bert")).bytes > 0
+
+
+# --- few layers, few rows ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["dense1d", "local2d", "axial", "hybrid-local2d", "pixelcnn"])
+def test_many_layers_from_few(variant: str) -> None:
+    request = request_for(variant, 12, depth=13, dim=32)
+    found = predict.Predictor(request)(12, 12)
+    model = trace.build(request)
+    assert found.bytes == pytest.approx(trace.step(request).bytes, rel=1e-3)
+    assert found.flops == model.flops()  # type: ignore[operator]
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_many_rows_from_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = replace(request_for("deltanet", 24, depth=2), height=64)
+    whole = trace.step(request).bytes
+    monkeypatch.setattr(predict, "OPERATIONS", 100)
+    monkeypatch.setattr(predict, "_walks", {})
+    assert predict.peak_bytes(request) == pytest.approx(whole, rel=0.01)
+
+
+@pytest.mark.parametrize("variant", ["dense1d", "local2d", "strided", "axial", "linear"])
+def test_flops_of_many_rows_from_few(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = replace(request_for(variant, 24, depth=1), height=96)
+    monkeypatch.setattr(predict, "LONG", 1)
+    figures = predict._size(request)
+    assert figures["model", "flops"] == trace.build(request).flops()  # type: ignore[operator]
+
+
+# --- against the child that really trains -----------------------------------------------------------------------------
+
+
+def agrees(variant: str, side: int, batch: int) -> None:
+    request = request_for(variant, side, batch)
+    assert predict.peak_bytes(request) == pytest.approx(measure.peak_bytes(request), rel=0.02)
+
+
+@ON_LINUX
+@pytest.mark.serial
+@pytest.mark.parametrize(("variant", "side", "batch"), [("dense1d", 8, 128), ("local2d", 16, 32), ("linear", 32, 8)])
+def test_within_two_percent_of_the_measured_peak(variant: str, side: int, batch: int) -> None:
+    agrees(variant, side, batch)
+
+
+@ON_LINUX
+@pytest.mark.soak
+@pytest.mark.parametrize(("side", "batch"), SIDES)
+@pytest.mark.parametrize("variant", list(models.VARIANTS))
+def test_every_variant_within_two_percent(variant: str, side: int, batch: int) -> None:
+    agrees(variant, side, batch)
+
+
+# --- the search -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", [1, 2, 31, 32, 33, 76, 1000, 30_000])
+@pytest.mark.parametrize("power", [2, 4])
+def test_the_largest_side(answer: int, power: int) -> None:
+    asked: list[int] = []
+
+    def bytes_of(side: int) -> int:
+        asked.append(side)
+        return 1000 + 7 * side**power
+
+    assert plan.largest_side(bytes_of, bytes_of(answer)) == answer
+    assert plan.largest_side(bytes_of, bytes_of(answer + 1) - 1) == answer
+    assert len(asked) < 60
+
+
+def test_no_side_fits() -> None:
+    assert plan.largest_side(lambda side: 10 + side, 10) == 0
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_a_preset_is_the_default_and_flags_win() -> None:
+    config = plan.parse(["--side", "32", "--preset", "igpt-m", "--model.heads", "16"])
+    assert (config.model.dim, config.model.depth, config.model.heads) == (1024, 36, 16)
+    assert config.run().model == ModelConfig(dim=1024, depth=36, heads=16)
+    assert plan.parse(["--side", "32"]).model == ModelConfig()
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"), [("igpt-s", 76.57), ("igpt-m", 455.16), ("igpt-l", 1362.25), ("igpt-xl", 6801.4)]
+)
+def test_the_papers_parameters(preset: str, millions: float) -> None:
+    config = plan.parse(["--side", "32", "--preset", preset]).run()
+    config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "float32"})})
+    found = predict.Predictor(Request(config, 32, 32, 512))
+    assert found(32, 32).parameters / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--side", "0"],
+        ["--side", "8", "--height", "8", "--width", "8"],
+        ["--height", "8"],
+        ["--side", "8", "--preset", "igpt-xxl"],
+        ["--side", "8", "--memory", "80XB"],
+        ["--memory", "0GB"],
+        ["--side", "8", "--model.heads", "7"],
+        ["--side", "8", "--preset", "igpt-s", "--model.heads", "7"],
+        ["--sied", "8"],
+        ["--side", "8", "--train.batch", "3", "--train.accumulate", "2"],
+    ],
+)
+def test_bad_input_is_refused(argv: list[str]) -> None:
+    with pytest.raises(Refusal) as refused:
+        plan.parse(argv)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["--side", "8", "--memory", "60MB", "--model.depth", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "peak memory" in said and "largest side that fits into 60MB: " in said
