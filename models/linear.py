@@ -242,8 +242,11 @@ class Based(Linear):
     backends = ("blocked",)
 
     def __init__(self, layer: Layer, *, chunk: int = 0) -> None:
-        super().__init__(layer, chunk=chunk)
-        self.width = 1 + layer.head_dim + layer.head_dim * (layer.head_dim + 1) // 2
+        width = 1 + layer.head_dim + layer.head_dim * (layer.head_dim + 1) // 2
+        # The fewest slots for which a state is cheaper than more scores, kept small enough for scores to be stored.
+        alone = min(256, width + 64)
+        super().__init__(layer, chunk=layer.size if chunk == 0 and layer.size <= alone else chunk)
+        self.width = width
         self.group = -(-max(self.width, 512) // self.chunk) * self.chunk
 
     def feature(self, x: Tensor, first: int = 0) -> Tensor:

@@ -18,7 +18,7 @@ SHAPES = [(1, 1), (1, 17), (17, 1), (3, 5), (9, 10), (17, 19)]
 
 
 def make(height: int, width: int, objective: str = "ar", cls: type[Any] = Decay2D, **options: Any) -> Any:
-    return cls(Layer(Scan(Grid(height, width), objective), heads=2, head_dim=4), **options).double()
+    return cls(Layer(Scan(Grid(height, width), objective), heads=2, head_dim=4), **{"learned": True} | options).double()
 
 
 def draw(mixer: Any) -> list[Tensor]:
