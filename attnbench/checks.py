@@ -28,7 +28,7 @@ from models.geometry import matrix
 SHAPES = ((1, 1), (1, 7), (5, 1), (3, 5), (7, 11), (10, 9), (13, 13))
 """Rows × columns; the later ones cross the borders of tiles and chunks."""
 DRAWN_SHAPES = 200
-EXPONENT_SIDES = (16, 32, 64)
+EXPONENT_SIDES = (32, 64)  # below, borders flatter a window and not a line
 
 
 class NotApplicable(Exception):
