@@ -47,6 +47,12 @@ class GatedLayer(nn.Module):
         """Columns (…, rows, reach + cols) -> the horizontal stack's next columns."""
         return cols[..., self.reach :] + self.out(gate(self.horizontal(cols) + told))
 
+    def look_left_once(self, cols: Tensor, told: Tensor) -> Tensor:
+        """The same for one pixel, (batch, width, reach + 1) and (batch, 2 · inner) -> (batch, width): a product of
+        matrices, which is several times as fast as so small a convolution."""
+        seen = F.linear(cols.flatten(1), self.horizontal.weight.flatten(1), self.horizontal.bias) + told
+        return cols[..., -1] + F.linear(gate(seen), self.out.weight.flatten(1), self.out.bias)
+
 
 def gate(x: Tensor) -> Tensor:
     """tanh of one half of the channels, weighed by σ of the other."""
@@ -64,7 +70,7 @@ class State:
     row: Tensor  # (batch, width, 1, cols): the embedded pixels of this row, so far
     above: list[Tensor]  # a layer: (batch, width, reach, cols) of the vertical stack
     told: list[Tensor]  # a layer: (batch, 2 · inner, 1, cols), what this row is told of the rows above
-    left: list[Tensor]  # a layer: (batch, width, 1, reach) of the horizontal stack
+    left: list[Tensor]  # a layer: (batch, width, reach) of the horizontal stack
 
 
 @variant(
@@ -136,19 +142,20 @@ class PixelCNN(WholeModel):
         """
         if (pixel is None) != (state.slot == 0):
             raise ValueError("the first step takes None, every later one the pixel before")
-        across = state.row.new_zeros(state.batch, state.row.shape[1], 1, 1)
+        across = state.row.new_zeros(state.batch, state.row.shape[1])
         if pixel is not None:
-            embedded = self.tokens[pixel][:, :, None, None]
-            state.row = torch.cat([state.row[..., 1:], embedded], dim=-1)  # a whole row later this is the row above
+            embedded = self.tokens[pixel]
+            # A whole row later this is the row above.
+            state.row = torch.cat([state.row[..., 1:], embedded[:, :, None, None]], dim=-1)
             across = embedded if state.col else across
         if state.col == 0:
             self._begin_row(state)
         for index, layer in enumerate(map(_gated, self.layers)):
-            cols = torch.cat([state.left[index], across], dim=-1)
+            cols = torch.cat([state.left[index], across[..., None]], dim=-1)
             state.left[index] = cols[..., 1:].contiguous()
-            across = layer.look_left(cols, state.told[index][..., state.col : state.col + 1])
+            across = layer.look_left_once(cols, state.told[index][:, :, 0, state.col])
         state.slot, state.col = state.slot + 1, (state.col + 1) % state.row.shape[-1]
-        return self.read(across[..., 0, 0]), state
+        return self.read(across), state
 
     def _begin_row(self, state: State) -> None:
         above = state.row
@@ -156,7 +163,7 @@ class PixelCNN(WholeModel):
             rows = torch.cat([state.above[index], above], dim=2)
             state.above[index] = rows[:, :, 1:].contiguous()
             above, state.told[index] = layer.look_up(rows)
-            state.left[index] = above.new_zeros(state.batch, above.shape[1], 1, self.reach)
+            state.left[index] = above.new_zeros(state.batch, above.shape[1], self.reach)
 
     def flops(self) -> int:
         """Forward FLOPs of one image, borders counted as if they were inside."""
