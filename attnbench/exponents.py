@@ -1,0 +1,100 @@
+"""How a cost grows with the number of tokens: its exponent with an interval, and where two costs cross."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Exponent:
+    """cost ∝ n^value: the least-squares line through (log n, log cost), with a t interval; no interval below 3 points.
+
+    The points are medians at different n, so that the interval holds what the line leaves over: noise and curvature.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    points: int
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """The side from which on a cost is below the baseline's: `side`, and the range that the quartiles leave open.
+
+    side is None where it is not within the measured sides: `always` below, or never. `low` and `high` are measured
+    sides or interpolated ones; None beyond the measured.
+    """
+
+    side: float | None
+    low: float | None
+    high: float | None
+    always: bool = False
+
+    def text(self) -> str:
+        """In words."""
+        if self.always:
+            return "at every measured side"
+        if self.side is None:
+            return "not within the measured sides"
+        low = "?" if self.low is None else f"{self.low:.0f}"
+        high = "?" if self.high is None else f"{self.high:.0f}"
+        return f"{self.side:.0f} ({low} to {high})"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A cost over the baseline's at one side: median and quartiles of the ratios of runs taken in turn."""
+
+    side: float
+    median: float
+    low: float
+    high: float
+
+
+def exponent(tokens: Sequence[float], costs: Sequence[float], level: float = LEVEL) -> Exponent | None:
+    """The exponent of positive costs against tokens; None for fewer than two different numbers of tokens."""
+    from scipy import stats
+
+    points = [(math.log(n), math.log(c)) for n, c in zip(tokens, costs, strict=True) if n > 0 and c > 0]
+    if len({x for x, _ in points}) < 2:
+        return None
+    x, y = zip(*points, strict=True)
+    line = stats.linregress(x, y)
+    if len(points) < 3:
+        return Exponent(float(line.slope), None, None, len(points))
+    reach = float(stats.t.ppf(0.5 + level / 2, len(points) - 2)) * float(line.stderr)
+    return Exponent(float(line.slope), float(line.slope) - reach, float(line.slope) + reach, len(points))
+
+
+def crossover(ratios: Sequence[Ratio]) -> Crossover:
+    """Where the ratio falls below 1 for good, between measured sides along a line in (log side, log ratio).
+
+    The range is where the quartiles' lines cross: the lower quartile's first, the upper one's last.
+    """
+    points = sorted(ratios, key=lambda ratio: ratio.side)
+    if points and all(point.median < 1 for point in points):
+        return Crossover(None, None, None, always=True)
+    side = _falls_below([(p.side, p.median) for p in points])
+    if side is None:
+        return Crossover(None, None, None)
+    return Crossover(
+        side, _falls_below([(p.side, p.low) for p in points]), _falls_below([(p.side, p.high) for p in points])
+    )
+
+
+def _falls_below(points: Sequence[tuple[float, float]]) -> float | None:
+    """The side after which no ratio is 1 or more; the first side if none is, None if the last one still is."""
+    above = [i for i, (_, ratio) in enumerate(points) if ratio >= 1]
+    if not points or not above:
+        return points[0][0] if points else None
+    last = above[-1]
+    if last == len(points) - 1:
+        return None
+    (s0, r0), (s1, r1) = points[last], points[last + 1]
+    share = math.log(r0) / (math.log(r0) - math.log(r1))
+    return math.exp(math.log(s0) + share * (math.log(s1) - math.log(s0)))

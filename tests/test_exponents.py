@@ -1,0 +1,77 @@
+"""Fits on costs whose exponent and crossing are known, noise included."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from attnbench.exponents import Exponent, Ratio, crossover, exponent
+
+SIDES = [16, 32, 64, 128, 256]
+TOKENS = [float(s * s) for s in SIDES]
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 1.5, 2.0])
+def test_a_pure_power(power: float) -> None:
+    found = exponent(TOKENS, [3e-7 * n**power for n in TOKENS])
+    assert found is not None and found.points == 5
+    assert found.value == pytest.approx(power)
+    assert found.low == pytest.approx(power) and found.high == pytest.approx(power)
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    """2,000 noisy lines: 95 % intervals hold the true exponent in 95 ± 1.5 % of them, 50 % ones in half."""
+    draw = random.Random(0)
+    hits = {0.95: 0, 0.5: 0}
+    for _ in range(2000):
+        costs = [n * draw.lognormvariate(0, 0.2) for n in TOKENS]
+        for level in hits:
+            found = exponent(TOKENS, costs, level)
+            assert found is not None and found.low is not None and found.high is not None
+            hits[level] += found.low <= 1 <= found.high
+    assert hits[0.95] / 2000 == pytest.approx(0.95, abs=0.015)
+    assert hits[0.5] / 2000 == pytest.approx(0.5, abs=0.04)
+
+
+def test_curvature_widens_the_interval() -> None:
+    """a + b·n² is no power of n; the interval says so."""
+    found = exponent(TOKENS, [1e6 + n**2 for n in TOKENS])
+    assert found is not None and found.low is not None and found.high is not None
+    assert found.low < 1.7 < found.high and found.high - found.low > 0.5
+
+
+def test_too_few_points() -> None:
+    assert exponent([256.0], [1.0]) is None
+    assert exponent([256.0, 256.0, 256.0], [1.0, 2.0, 3.0]) is None
+    assert exponent([], []) is None
+    assert exponent([256.0, 1024.0], [1.0, 4.0]) == Exponent(pytest.approx(1.0), None, None, 2)  # type: ignore[arg-type]
+
+
+def test_crossing_of_two_powers() -> None:
+    """n / n² · 2,500 falls below 1 at n = 2,500: side 50; on a log-log line the interpolation is exact."""
+    ratios = [Ratio(s, *(2500 / s**2 * f for f in (1.0, 0.81, 1.21))) for s in SIDES]
+    found = crossover(ratios)
+    assert found.side == pytest.approx(50)
+    assert found.low == pytest.approx(45) and found.high == pytest.approx(55)
+    assert found.text() == "50 (45 to 55)"
+
+
+def test_not_within_the_measured_sides() -> None:
+    assert crossover([Ratio(s, 2.0, 1.9, 2.1) for s in SIDES]).text() == "not within the measured sides"
+    assert crossover([]).text() == "not within the measured sides"
+    assert crossover([Ratio(s, 0.5, 0.4, 0.6) for s in SIDES]).text() == "at every measured side"
+
+
+def test_a_cost_that_comes_back_does_not_cross_there() -> None:
+    """Below, above, below: the crossing is the last."""
+    ratios = [Ratio(s, r, r, r) for s, r in zip(SIDES, [0.5, 2.0, 2.0, 0.5, 0.4], strict=True)]
+    found = crossover(ratios)
+    assert found.side is not None and 64 < found.side < 128
+    assert crossover([*ratios[:2], Ratio(64, 2.0, 0.9, 2.2)]).side is None
+
+
+def test_an_open_upper_end() -> None:
+    found = crossover([Ratio(16, 2.0, 1.5, 2.5), Ratio(32, 0.9, 0.8, 1.1)])
+    assert found.side is not None and found.low is not None and found.high is None
+    assert found.text().endswith("to ?)")
