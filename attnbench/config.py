@@ -95,6 +95,8 @@ class TrainConfig(Settings):
     """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    recompute: bool = False
+    """Keep only each block's input for the backward pass and compute what is inside again: less memory, more time."""
 
     @model_validator(mode="after")
     def _parts_divide_batch(self) -> TrainConfig:
@@ -159,6 +161,9 @@ class RunConfig(Settings):
     sample: SampleConfig = SampleConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """Under torchrun, ddp: every process holds the model; fsdp: a share of it each, for models that do not fit; auto:
+    ddp among several. The losses are those of one process, so it is the same run; its record tells which it was."""
     measure: bool = True
     """Measure memory and throughput, in processes of their own."""
     out: Path = Path("results")
@@ -167,8 +172,8 @@ class RunConfig(Settings):
     """Run again although a finished record exists."""
 
     def identity(self, exclude_defaults: bool = False) -> dict[str, Any]:
-        """What makes two runs the same run: not where files lie, nor whether to repeat."""
-        elsewhere: dict[str, Any] = {"out": True, "force": True, "data": {"root"}}
+        """What makes two runs the same run: not where files lie, nor on how many processes, nor whether to repeat."""
+        elsewhere: dict[str, Any] = {"out": True, "force": True, "parallel": True, "data": {"root"}}
         return self.model_dump(mode="json", exclude=elsewhere, exclude_defaults=exclude_defaults)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from attnbench import distributed
 from attnbench.config import RunConfig
 from attnbench.train import autocast, hidden_pixels, token_nats
 
@@ -49,14 +50,15 @@ def likelihood(model: nn.Module, tokens: Tensor, config: RunConfig) -> Likelihoo
 
 
 def _nats(model: nn.Module, tokens: Tensor, hidden: Tensor | None, config: RunConfig) -> Tensor:
-    """-log p of every token, float64 on the CPU."""
-    parts = []
-    for first in range(0, len(tokens), CHUNK):
-        part = slice(first, first + CHUNK)
+    """-log p of every token, float64 on the CPU; the work is shared out among the processes."""
+
+    def work(part: slice) -> Tensor:
         with autocast(config):
             holes = None if hidden is None else hidden[part].to(config.device)
-            parts.append(token_nats(model, tokens[part].to(config.device), holes).double().cpu())
-    return torch.cat(parts)
+            return token_nats(model, tokens[part].to(config.device), holes).double().cpu()
+
+    parts = [slice(start, start + CHUNK) for start in range(0, len(tokens), CHUNK)]
+    return distributed.shared_out(parts, work, torch.zeros(tokens.shape, dtype=torch.float64))
 
 
 def bits(nats: float) -> float:

@@ -16,6 +16,7 @@ import models
 from attnbench import (
     checkpoint,
     data,
+    distributed,
     evaluate,
     measure,
     pictures,
@@ -72,6 +73,7 @@ def resolve(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={
             "device": device,
+            "parallel": distributed.resolve(config.parallel),
             "train": config.train.model_copy(update={"precision": precision}),
             "model": config.model.model_copy(update={"objective": objective}),
         }
@@ -100,16 +102,19 @@ def execute(config: RunConfig, watch: Watch = lambda stage, step, loss: None) ->
     """The whole of a resolved run; the path of its record.
 
     A finished record is returned as it is unless config.force.  A loss that is no longer finite, or memory that does
-    not suffice, ends in a record that says so.  Raises Refusal before anything is written.
+    not suffice, ends in a record that says so.  Of several processes each calls this; the first alone writes, and the
+    others' path may not be there yet.  Raises Refusal before anything is written.
     """
     name = record.identify(config)
-    if not config.force and record.find(config.out, name, status="ok") is not None:
+    first = distributed.first()
+    if distributed.tell(first and not config.force and record.find(config.out, name, status="ok") is not None):
         return config.out / "runs" / f"{name}.json"
     torch.set_num_threads(threads())
-    storage.check_writable(config.out)
+    if first:
+        storage.check_writable(config.out)
     prepared = prepare(config)
     model = train.make_model(config, *prepared.shape, **prepared.pictures)
-    if config.force:
+    if config.force and first:
         checkpoint.clear(checkpoints(config))
     try:
         outcome = {"status": "ok", **_outcome(model, prepared, config, watch)}
@@ -117,6 +122,8 @@ def execute(config: RunConfig, watch: Watch = lambda stage, step, loss: None) ->
         outcome = {"status": "nan", "reason": str(error)}
     except (torch.OutOfMemoryError, MemoryError) as error:
         outcome = {"status": "oom", "reason": str(error)}
+    if not first and outcome["status"] != "oom":  # who runs out of memory alone cannot ask the first to say so
+        return config.out / "runs" / f"{name}.json"
     path = record.write(config.out, _identity(model, prepared, config) | outcome, replace=config.force)
     checkpoint.clear(checkpoints(config))
     return path
@@ -135,7 +142,7 @@ def _identity(model: nn.Module, prepared: Prepared, config: RunConfig) -> dict[s
         "backend": model.backend,
         "seed": config.seed,
         "config": config.identity(),
-        "environment": record.environment(),
+        "environment": record.environment() | {"parallel": config.parallel, "processes": distributed.size()},
         "data": {
             "name": prepared.dataset.name,
             "checksum": prepared.dataset.checksum,
@@ -208,7 +215,7 @@ def _effort(model: nn.Module, progress: train.Progress, prepared: Prepared, conf
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "train_flops_per_image": 3 * model.flops(),  # type: ignore[operator]
-        "predicted_train_peak_bytes": None,
+        "predicted_train_peak_bytes": _predicted(prepared, config),
         "steps": progress.step,
         "seconds": progress.seconds,
         **_cost(prepared, config),
@@ -223,13 +230,26 @@ def _yardsticks(model: nn.Module, test: evaluate.Likelihood, prepared: Prepared,
     return regret.yardsticks(model, test.per_image.numpy(), prepared.dataset.source, images)
 
 
+def _predicted(prepared: Prepared, config: RunConfig) -> int | None:
+    """Peak bytes of training by a step of fake tensors; None, with the reason in a warning, where one fails."""
+    if not config.measure or not distributed.first():
+        return None
+    from attnbench import predict  # what it imports takes a second
+
+    try:
+        return predict.peak_bytes(measure.Request(config, *prepared.shape, **prepared.pictures))
+    except Exception as error:  # whatever an attention does with fake tensors, its run is worth more
+        warnings.warn(f"peak memory is not predicted: {type(error).__name__}: {error}", stacklevel=2)
+        return None
+
+
 def _cost(prepared: Prepared, config: RunConfig) -> dict[str, Any]:
     """Memory and throughput, each measured in a process of its own; null with the reason where that failed."""
     cost: dict[str, Any] = dict.fromkeys(
         ("train_peak_bytes", "train_images_per_second", "eval_images_per_second", "sample_images_per_second",
          "state_bytes_per_image")
     )  # fmt: skip
-    if not config.measure:
+    if not config.measure or not distributed.first():
         return cost
     request = measure.Request(config, *prepared.shape, **prepared.pictures)
     try:
@@ -246,9 +266,11 @@ def _cost(prepared: Prepared, config: RunConfig) -> dict[str, Any]:
 def _leave(model: nn.Module, prepared: Prepared, config: RunConfig) -> None:
     """Writes weights, tokeniser and pictures beside the record."""
     folder = artifacts(config)
-    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    storage.write_bytes(folder / "weights.safetensors", save(weights))
-    storage.write_json(folder / "tokeniser.json", prepared.tokeniser.to_json())
+    weights = distributed.gathered(model.state_dict())
+    if distributed.first():
+        whole = {name: tensor.contiguous() for name, tensor in weights.items()}
+        storage.write_bytes(folder / "weights.safetensors", save(whole))
+        storage.write_json(folder / "tokeniser.json", prepared.tokeniser.to_json())
     count = min(config.sample.count, len(prepared.splits["test"][0]))
     if config.model.objective != "ar" or not count:
         return
@@ -260,6 +282,8 @@ def _leave(model: nn.Module, prepared: Prepared, config: RunConfig) -> None:
 
     samples = draw(model, count, generator, config.sample.temperature)
     completed = draw(model, count, generator, config.sample.temperature, known=truth, share=0.5)
+    if not distributed.first():
+        return
     storage.write_bytes(folder / "samples.png", pictures.sheet(show(samples)))
     seen, drawn = show(truth, completed)
     storage.write_bytes(folder / "completions.png", pictures.completions(seen, drawn, share=0.5))

@@ -14,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+from attnbench import distributed
 from attnbench.config import RunConfig
 from attnbench.evaluate import CHUNK
 from attnbench.train import autocast
@@ -41,11 +42,13 @@ def pooled(model: nn.Module, tokens: Tensor, config: RunConfig) -> list[Features
 
 
 def accuracies(model: nn.Module, train: Split, validation: Split, test: Split, config: RunConfig) -> list[float]:
-    """Test accuracy of the probe on each layer, the embedding first; depth + 1 numbers."""
+    """Test accuracy of the probe on each layer, the embedding first; depth + 1 numbers; only in the first process."""
     limit = config.probe.images
     splits = [(tokens[:limit], labels[:limit]) for tokens, labels in (train, validation, test)]
-    layers = zip(*(pooled(model, tokens, config) for tokens, _ in splits), strict=True)
+    layers = list(zip(*(pooled(model, tokens, config) for tokens, _ in splits), strict=True))
     labels = [labels for _, labels in splits]
+    if not distributed.first():
+        return []
     return [_accuracy(*features, *labels) for features in layers]
 
 

@@ -1,4 +1,7 @@
-"""`python -m attnbench.run --variant local2d`: one run; its last line is the record's path."""
+"""`python -m attnbench.run --variant local2d`: one run; its last line is the record's path.
+
+`torchrun --nproc-per-node N -m attnbench.run …` shares it among N processes, of which the first writes and prints.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,23 @@ from attnbench.config import RunConfig
 
 def main(argv: list[str] | None = None) -> int:
     config = cli.parse(RunConfig, argv, prog="attnbench.run")
-    from rich.console import Console  # after parsing: --help and a wrong flag answer at once
+    from attnbench import distributed, experiment  # after parsing: --help and a wrong flag answer at once
+
+    config = experiment.resolve(config)
+    with distributed.world(config):
+        if distributed.first():
+            return _first(config)
+        experiment.execute(config)
+        return 0
+
+
+def _first(config: RunConfig) -> int:
+    """The process that a person watches."""
+    from rich.console import Console
 
     from attnbench import experiment, record, report, terminal
 
     console = Console()
-    config = experiment.resolve(config)
     with terminal.bar(console, config.variant, config.train.steps, config.train.batch) as watch:
         path = experiment.execute(config, watch)
     done = record.read(path)

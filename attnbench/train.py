@@ -1,7 +1,7 @@
 """Training: Adam with warm-up and cosine, clipped; best weights by validation; resumable bit for bit.
 
-The order of the data and the hidden pixels are pure functions of (seed, step), so a resumed run sees what an
-uninterrupted one would have seen.
+The order of the data and the hidden pixels are pure functions of (seed, step) and of the process's number, so a resumed
+run sees what an uninterrupted one would have seen, and N processes together what one would.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import models
-from attnbench import checkpoint, variants
+from attnbench import checkpoint, distributed, variants
 from attnbench.config import RunConfig, TrainConfig
 from attnbench.errors import Refusal
 from attnbench.measure import Stopwatch
@@ -72,9 +74,19 @@ def make_model(
         raise Refusal(str(error)) from error
     if config.device != "cpu":
         model = model.to(config.device)
+    if config.train.recompute:
+        _recompute(model, config.variant)
     if config.train.compile:
         model.compile()
     return model
+
+
+def _recompute(model: nn.Module, variant: str) -> None:
+    """The backward pass runs each block again instead of having kept what is inside.  Raises Refusal."""
+    if not isinstance(blocks := getattr(model, "blocks", None), nn.ModuleList):
+        raise Refusal(f"recompute: {variant} has no blocks to compute again; leave --train.recompute out")
+    for block in blocks:
+        block.forward = partial(recomputed, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def make_optimiser(model: nn.Module, config: RunConfig) -> torch.optim.Adam:
@@ -131,16 +143,22 @@ def train_step(
     model: nn.Module, optimiser: torch.optim.Adam, tokens: Tensor, step: int, config: RunConfig,
     labels: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """One optimiser step on tokens (batch, height, width); the mean loss in nats per token, detached.
+    """One optimiser step on tokens (batch, height, width), of which every process is given its share.
 
+    Returns this process's part of the mean loss in nats per token, detached; over all processes the parts add up to it.
     With labels (batch,), `tokens` are pictures (batch, channels, height, width) and the nats are those of the class.
+    `model` is what distributed.spread made of the model.
     """
-    train = config.train
+    train, processes = config.train, distributed.size()
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(step, train)
     hidden = None
+    counted: Tensor | int = processes * (tokens if labels is None else labels).numel()
     if config.model.objective == "bert":
-        hidden = hidden_pixels(tuple(tokens.shape), config.seed, step).to(tokens.device)
+        batch = len(tokens) * processes
+        everywhere = hidden_pixels((batch, *tokens.shape[1:]), config.seed, step)
+        counted = everywhere.sum()  # no two processes hide equally many
+        hidden = everywhere[distributed.share(batch)].to(tokens.device)
     optimiser.zero_grad(set_to_none=True)
     total = torch.zeros((), device=tokens.device)
     none = [None] * train.accumulate
@@ -150,13 +168,13 @@ def train_step(
         none if labels is None else labels.chunk(train.accumulate),
         strict=True,
     )
-    counted = hidden.sum() if hidden is not None else (tokens if labels is None else labels).numel()
-    for part, holes, classes in parts:
-        with autocast(config):
-            nats = token_nats(model, part, holes) if classes is None else class_nats(model, part, classes)
-        loss = (nats.sum() if holes is None else nats[holes].sum()) / counted
-        loss.backward()
-        total += loss.detach()
+    for number, (part, holes, classes) in enumerate(parts, 1):
+        with distributed.synchronising(model, last=number == train.accumulate):
+            with autocast(config):
+                nats = token_nats(model, part, holes) if classes is None else class_nats(model, part, classes)
+            loss = (nats if holes is None else nats.masked_fill(~holes, 0.0)).sum() / counted
+            (loss * processes).backward()  # DDP and FSDP take the mean over processes; it is the sum that is wanted
+            total += loss.detach()
     nn.utils.clip_grad_norm_(model.parameters(), train.clip)
     optimiser.step()
     return total
@@ -174,30 +192,36 @@ def fit(
     """Trains to config.train.steps, resuming from `folder`; leaves the best weights by validation in the model.
 
     tokens int64 (count, height, width), or pictures with their labels (count,) as `train_step` takes them; `validate`
-    gives nats per token (or label); `report` is told step and loss.
-    Ctrl-C saves a checkpoint before it goes on.  Raises Diverged.
+    gives nats per token (or label); `report` is told step and loss. Of several processes each calls this with the same
+    arguments.  Ctrl-C saves a checkpoint, when the step is done, before it goes on.  Raises Diverged.
     """
     train = config.train
+    trained = distributed.spread(model, config.parallel)
     optimiser = make_optimiser(model, config)
     progress, best = _resume(model, optimiser, folder)
     before, watch = progress.seconds, Stopwatch()
 
     def save() -> None:
         progress.seconds = before + watch.seconds
-        checkpoint.save(folder, progress.step, _tensors(model, optimiser, best), asdict(progress))
+        everything = distributed.gathered(_tensors(model, optimiser, best))
+        if distributed.first():
+            checkpoint.save(folder, progress.step, everything, asdict(progress))
 
     model.train()
     try:
-        while progress.step < train.steps:
-            chosen = batch_indices(config.seed, progress.step, train.batch, len(tokens))
-            told = None if labels is None else labels[chosen].to(config.device)
-            loss = train_step(model, optimiser, tokens[chosen].to(config.device), progress.step, config, told)
-            progress.step += 1
-            _log(progress, loss, train, report)
-            if progress.step % train.validate_every == 0 or progress.step == train.steps:
-                best = _validate(model, validate, progress, best)
-            if progress.step % train.checkpoint_every == 0 and progress.step < train.steps:
-                save()
+        with distributed.Interrupt() as interrupt:
+            while progress.step < train.steps:
+                interrupt.check()
+                chosen = batch_indices(config.seed, progress.step, train.batch, len(tokens))
+                chosen = chosen[distributed.share(train.batch)]
+                told = None if labels is None else labels[chosen].to(config.device)
+                loss = train_step(trained, optimiser, tokens[chosen].to(config.device), progress.step, config, told)
+                progress.step += 1
+                _log(progress, loss, train, report)
+                if progress.step % train.validate_every == 0 or progress.step == train.steps:
+                    best = _validate(model, validate, progress, best)
+                if progress.step % train.checkpoint_every == 0 and progress.step < train.steps:
+                    save()
     except KeyboardInterrupt:
         save()
         raise
@@ -209,7 +233,7 @@ def fit(
 def _log(progress: Progress, loss: Tensor, train: TrainConfig, report: Callable[[int, float], None]) -> None:
     if progress.step % 10 and progress.step < train.steps:
         return  # reading the loss would make an accelerator wait
-    value = float(loss)
+    value = float(distributed.total(loss))
     if not math.isfinite(value):
         raise Diverged(f"the loss is {value} at step {progress.step}")
     progress.curves.steps.append(progress.step)
@@ -240,19 +264,25 @@ def _tensors(model: nn.Module, optimiser: torch.optim.Adam, best: dict[str, Tens
 
 
 def _resume(model: nn.Module, optimiser: torch.optim.Adam, folder: Path) -> tuple[Progress, dict[str, Tensor]]:
-    """Puts the latest checkpoint of the folder, if any, into model and optimiser."""
-    found = checkpoint.latest(folder)
-    if found is None:
-        return Progress(), {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    model.load_state_dict(dict(_under("model.", found.tensors)))
+    """Puts the latest checkpoint of the folder, if any, into model and optimiser; only the first process reads it."""
+    found = checkpoint.latest(folder) if distributed.first() else None
+    told = distributed.tell(None if found is None else (found.meta, list(found.tensors)))
+    now = model.state_dict()
+    if told is None:
+        return Progress(), {name: tensor.detach().clone() for name, tensor in now.items()}
+    like = {f"{kind}.{name}": tensor for kind in ("model", "best") for name, tensor in now.items()}
+    for place, parameter in enumerate(model.parameters()):
+        like |= {f"adam.{place}.exp_avg": parameter, f"adam.{place}.exp_avg_sq": parameter}
+        like[f"adam.{place}.step"] = torch.zeros((), device=parameter.device)
+    meta, names = told
+    tensors = distributed.scattered(found.tensors if found else {}, {name: like[name] for name in names})
+    model.load_state_dict(dict(_under("model.", tensors)))
     state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _under("adam.", found.tensors):
+    for name, tensor in _under("adam.", tensors):
         index, key = name.split(".")
         state.setdefault(int(index), {})[key] = tensor
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    meta = dict(found.meta)
-    meta["curves"] = Curves(**meta["curves"])
-    return Progress(**meta), dict(_under("best.", found.tensors))
+    return Progress(**meta | {"curves": Curves(**meta["curves"])}), dict(_under("best.", tensors))
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -127,7 +127,7 @@ class Sinusoids(Position):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
-        self.scale = nn.Parameter(torch.empty(()))
+        self.scale = nn.Parameter(torch.empty(1))  # not a scalar: those FSDP cannot share out
         table = self.waves(torch.arange(shape.scan.grid.size))
         self.register_buffer("table", table.to(torch.get_default_dtype()), persistent=False)
 

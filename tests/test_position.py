@@ -162,11 +162,11 @@ def test_relbias2d_makes_no_entry_that_a_raster_never_asks_for() -> None:
 def test_sinusoids_are_their_formula() -> None:
     one, two = make("sin1d"), make("sin2d")
     slots = torch.arange(15)
-    assert_close(one.embed(slots)[7, 3] / one.scale, torch.tensor(math.sin(7 / 10_000 ** (3 / 8))).double())
-    assert_close(one.embed(slots)[7, 8 + 3] / one.scale, torch.tensor(math.cos(7 / 10_000 ** (3 / 8))).double())
+    assert_close(one.embed(slots)[7, 3] / one.scale[0], torch.tensor(math.sin(7 / 10_000 ** (3 / 8))).double())
+    assert_close(one.embed(slots)[7, 8 + 3] / one.scale[0], torch.tensor(math.cos(7 / 10_000 ** (3 / 8))).double())
     row, col = 1, 2  # of slot 7 in a grid of width 5
-    assert_close(two.embed(slots)[7, 1] / two.scale, torch.tensor(math.sin(row / 10_000 ** (1 / 4))).double())
-    assert_close(two.embed(slots)[7, 8 + 1] / two.scale, torch.tensor(math.sin(col / 10_000 ** (1 / 4))).double())
+    assert_close(two.embed(slots)[7, 1] / two.scale[0], torch.tensor(math.sin(row / 10_000 ** (1 / 4))).double())
+    assert_close(two.embed(slots)[7, 8 + 1] / two.scale[0], torch.tensor(math.sin(col / 10_000 ** (1 / 4))).double())
     fresh = models.build("dense-sin1d", height=8, width=8, vocab=5)
     assert_close(fresh.position.embed(torch.arange(64)).square().mean().sqrt(), torch.tensor(0.01))  # type: ignore[operator, union-attr]
 
