@@ -45,7 +45,9 @@ class Attention(nn.Module):
         self.position = [position]  # in a list: its parameters belong to the trunk
 
     def project(self, x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        # Split before turning: the three gradients are then put together in the order that the projection reads.
+        parts = rearrange(self.qkv(x), "b n (three h d) -> b n three h d", three=3, h=self.heads).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in parts)  # (batch, heads, seq, head_dim)
         q, k = self.position[0].rotate(q, k, slots, self.index)
         extras: dict[str, Any] = {}
         if (bias := self.position[0].bias(self.index)) is not None:
