@@ -141,14 +141,18 @@ def _assemble(
     classes: Sequence[str],
     levels: int = 256,
 ) -> Dataset:
-    """A data set of images in their final size; `digests` are the fingerprints of the native ones."""
+    """A data set of images in their final size; `digests` are the fingerprints of the native ones.
+
+    A split is in the order of its digests: a fixed shuffle, so that its first images are a fair sample of its classes.
+    """
     checksum = hashlib.sha256()
     for digest, label, split in zip(digests, labels, splits, strict=True):
         checksum.update(digest + int(label).to_bytes(8, "little") + split.encode())
     parts = {}
+    shuffled = sorted(range(len(digests)), key=digests.__getitem__)
     for split in SPLITS:
-        chosen = np.array([mine == split for mine in splits], dtype=bool)
-        if not chosen.any():
+        chosen = [index for index in shuffled if splits[index] == split]
+        if not chosen:
             raise Refusal(
                 f"{name}: {len(digests)} images ({len(set(digests))} different) leave the {split} split empty; "
                 "add more pictures, 50 or more as a rule"

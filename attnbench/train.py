@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 import models
 from attnbench import checkpoint, distributed, variants
+from attnbench.clock import Stopwatch
 from attnbench.config import RunConfig, TrainConfig
 from attnbench.errors import Refusal
-from attnbench.measure import Stopwatch
 
 HIDDEN_SHARE = 0.15  # Image GPT's BERT objective
 BETAS = (0.9, 0.95)  # Image GPT

@@ -236,7 +236,7 @@ def test_fashion_mnist_keeps_the_official_test_and_a_tenth_for_validation(fashio
     assert dataset.train.pixels.shape[1:] == (5, 6, 1) and dataset.levels == 256 and len(dataset.classes) == 10
     original = np.random.default_rng(1).integers(0, 256, (200, 5, 6), dtype=np.uint8)
     assert original[0].tobytes() in contents(dataset.train) | contents(dataset.validation)
-    np.testing.assert_array_equal(dataset.test.labels, np.arange(40) % 10)
+    assert sorted(dataset.test.labels) == sorted(np.arange(40) % 10)
 
 
 def test_copies_of_an_image_fall_on_one_side(fashion: Path) -> None:

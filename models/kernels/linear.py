@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compiler
+from .compiler import call
 from .layout import dense, like
 
 FEATURES = {"none": 0, "elu+1": 1}
@@ -29,7 +29,7 @@ def linear(q: Tensor, k: Tensor, v: Tensor, feature: str = "none", floor: float 
 @torch.library.custom_op("attnbench::linear", mutates_args=(), device_types="cpu")
 def _forward(q: Tensor, k: Tensor, v: Tensor, feature: int, floor: float) -> tuple[Tensor, Tensor]:
     out, mass = _shapes(q, k, v, feature, floor)
-    compiler.call("linear", "linear_forward", _problem(q, v, feature), floor, dense(q), dense(k), dense(v), out, mass)
+    call("linear", "linear_forward", _problem(q, v, feature), floor, dense(q), dense(k), dense(v), out, mass)
     return out, mass
 
 
@@ -44,7 +44,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = like(q), like(k), like(v)
     given = (dense(x) for x in (q, k, v, grad, out))
-    compiler.call("linear", "linear_backward", _problem(q, v, feature), floor, *given, *grads, mass)
+    call("linear", "linear_backward", _problem(q, v, feature), floor, *given, *grads, mass)
     return grads
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compiler
+from .compiler import call
 from .layout import dense, like
 
 
@@ -27,7 +27,7 @@ def local2d(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, radius: in
 def _forward(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, radius: int) -> tuple[Tensor, Tensor]:
     out, stats = _shapes(q, k, v, height, width, radius)
     shape = (q.shape[0], q.shape[1], height, width, q.shape[3], radius)
-    compiler.call("local2d", "local2d_forward", shape, q.shape[3] ** -0.5, dense(q), dense(k), dense(v), out, stats)
+    call("local2d", "local2d_forward", shape, q.shape[3] ** -0.5, dense(q), dense(k), dense(v), out, stats)
     return out, stats
 
 
@@ -43,7 +43,7 @@ def _backward(
     grads = like(q), like(k), like(v)
     shape = (q.shape[0], q.shape[1], height, width, q.shape[3], radius)
     given = (dense(x) for x in (q, k, v, grad, out))
-    compiler.call("local2d", "local2d_backward", shape, q.shape[3] ** -0.5, *given, *grads, stats)
+    call("local2d", "local2d_backward", shape, q.shape[3] ** -0.5, *given, *grads, stats)
     return grads
 
 
