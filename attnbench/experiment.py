@@ -57,9 +57,12 @@ class Prepared:
         return {"channels": self.dataset.train.pixels.shape[-1], "classes": max(2, len(self.dataset.classes))}
 
 
-def resolve(config: RunConfig) -> RunConfig:
-    """Every "auto" that depends on the machine, decided.  Raises Refusal where CUDA is asked for and absent."""
-    cuda = torch.cuda.is_available()
+def resolve(config: RunConfig, cuda: bool | None = None) -> RunConfig:
+    """Every "auto" that depends on the machine, decided.  Raises Refusal where CUDA is asked for and absent.
+
+    `cuda`: whether the machine that the run is for has it; none: this one.
+    """
+    cuda = torch.cuda.is_available() if cuda is None else cuda
     if config.device == "cuda" and not cuda:
         raise Refusal("device cuda: this machine has no CUDA GPU that torch can use; leave --device at auto")
     device = config.device if config.device != "auto" else "cuda" if cuda else "cpu"

@@ -18,14 +18,15 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
-from attnbench import cli, storage
-from attnbench.config import RunConfig, Settings
+from attnbench import cli, engines, storage
+from attnbench.config import RunConfig, Scalar, Settings
 from attnbench.suite import Cell, Suite
 
 TAIL = 20
@@ -39,8 +40,11 @@ class SweepConfig(Settings):
     """A suite that comes with attnbench (quick, c1 … c5, findings, replica, replica-tenth, reference) or FILE.yaml."""
     out: Path = Path("results")
     """Folder of results."""
-    engine: Literal["local"] = "local"
-    """Where cells run."""
+    engine: Literal["local", "ray", "slurm"] = "local"
+    """local: this machine; ray: a Ray cluster (RAY_ADDRESS, or one that runs here); slurm: jobs, through submitit. The
+    latter two need `out` in a folder that all machines share."""
+    slurm: Annotated[dict[str, Scalar], tyro.conf.arg(metavar="NAME VALUE")] = Field(default_factory=dict)
+    """What sbatch is told: --slurm.partition NAME, --slurm.account NAME, --slurm.time MINUTES, …"""
     jobs: PositiveInt = 1
     """Cells at a time; with more than one, throughput is measured beside a neighbour and is worth little."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -136,6 +140,24 @@ def local(jobs: int) -> Engine:
     return engine
 
 
+def _engine(config: SweepConfig) -> Engine:
+    """The engine that was asked for."""
+
+    def give_up(cell: Cell, reason: str) -> Outcome:
+        from attnbench import record
+
+        name = record.identify(cell.config)
+        done = record.find(cell.config.out, name) or _failure(cell, name, 1, (reason,))
+        return Outcome(cell, done["status"], 0.0, (reason,))
+
+    gpus = int(config.device == "cuda")
+    if config.engine == "ray":
+        return engines.ray(gpus, give_up)
+    if config.engine == "slurm":
+        return engines.slurm(config.jobs, gpus, config.out / "slurm", config.slurm, give_up)
+    return local(config.jobs)
+
+
 def declare(whole: Suite, out: Path) -> Path:
     """Writes the suite and its rules down in out/suites before anything runs, once; the path.
 
@@ -217,9 +239,14 @@ def main(argv: list[str] | None = None) -> int:
 
     console = Console()
     whole = suite.load(config.suite)
-    base = experiment.resolve(RunConfig(out=config.out, device=config.device))
+    afar = config.engine != "local"
+    if afar:  # another process stands in another folder
+        config = config.model_copy(update={"out": config.out.absolute()})
+    # What the machine that a cell will run on has, this one cannot know.
+    resolve = partial(experiment.resolve, cuda=True if afar and config.device == "cuda" else None)
+    base = resolve(RunConfig(out=config.out, device=config.device))
     known = {name: variant.family for name, variant in VARIANTS.items()}
-    cells = [_resolved(cell) for cell in suite.cells(whole, known, base)]
+    cells = [cell.model_copy(update={"config": resolve(cell.config)}) for cell in suite.cells(whole, known, base)]
     storage.check_writable(config.out)
     tried: set[str] = set()
 
@@ -237,26 +264,30 @@ def main(argv: list[str] | None = None) -> int:
     if config.list:
         console.print(board)
         return 0
+    engine = _engine(config)
     declare(whole, config.out)
-
-    def run_one(cell: Cell) -> Outcome:
-        tried.add(record.identify(cell.config))
-        return run_cell(cell, board.watch)
-
+    run_one = run_cell if afar else partial(run_cell, watch=board.watch)
     with Live(board, console=console, refresh_per_second=2):
         while now.ready:
-            for outcome in local(config.jobs)(now.ready, run_one):
+            tried.update(record.identify(cell.config) for cell in now.ready)
+            for outcome in engine(now.ready, run_one):
                 board.end(outcome)
                 if outcome.status != "ok":
                     console.print(f"{_title(outcome.cell)}: {outcome.status}: {' '.join(outcome.tail[-1:])}")
             now = stand()
-    return _close(console, now, report.refresh(config.out))
+    draw_fields(config.out, sorted({cell.config.variant for cell in now.done}))
+    return _close(console, now, report.write(config.out, config.out / "report"))
 
 
-def _resolved(cell: Cell) -> Cell:
-    from attnbench import experiment
+def draw_fields(out: Path, names: list[str]) -> None:
+    """The receptive field of each variant, found from its gradients, as out/fields/NAME.png; drawn once."""
+    from attnbench import receptive, variants
+    from attnbench.checks import Subject
 
-    return cell.model_copy(update={"config": experiment.resolve(cell.config)})
+    for name in names:
+        path = out / "fields" / f"{name}.png"
+        if ":" not in name and not path.exists() and "ar" in variants.find(name).objectives:
+            storage.write_bytes(path, receptive.picture(Subject(name)))
 
 
 def _close(console: Any, now: Any, page: Path) -> int:
