@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from attnbench.clock import Stopwatch
 from attnbench.config import RunConfig, threads
 
 if TYPE_CHECKING:
@@ -105,19 +106,8 @@ class ChildFailed(Exception):
     @property
     def out_of_memory(self) -> bool:
         """Whether its last words were about memory; a kill by the system leaves none."""
-        return re.search(r"out of memory|allocate memory|MemoryError", "\n".join(self.tail), re.I) is not None
-
-
-class Stopwatch:
-    """Seconds of wall-clock since it was made."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds so far."""
-        return time.perf_counter() - self._start
+        said = r"out of memory|allocate memory|MemoryError|Thread creation failed"
+        return re.search(said, "\n".join(self.tail), re.I) is not None
 
 
 def peak_bytes(request: Request, timeout: float = 600.0) -> int:
@@ -171,7 +161,7 @@ def _environment(kind: str) -> dict[str, str]:
     paths = [str(_PROJECT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     environment["OMP_NUM_THREADS"] = str(threads())
-    if kind != "time":
+    if kind not in ("time", "duel"):
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     return environment
 
@@ -431,7 +421,21 @@ def _train(request: Request, batches: list[Batch]) -> None:
         train.train_step(model, optimiser, inputs, step, request.config, labels)
 
 
-KINDS = {"memory": _measure_memory, "time": _measure_time, "meter": _check_meter}
+def _duel(told: dict[str, Any]) -> dict[str, Any]:
+    from attnbench import duel
+
+    return duel.time_cell(told)
+
+
+def _duel_memory(told: dict[str, Any]) -> dict[str, Any]:
+    from attnbench import duel
+
+    return duel.peak_cell(told)
+
+
+KINDS = {
+    "memory": _measure_memory, "time": _measure_time, "meter": _check_meter, "duel": _duel, "duel memory": _duel_memory,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -63,20 +63,20 @@ def canonical(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def write(folder: Path, record: dict[str, Any], replace: bool = False) -> Path:
-    """Write `record` (with `id` and `status`) as folder/runs/<id>.json, adding its `sha256`; the path.
+def write(folder: Path, record: dict[str, Any], replace: bool = False, room: str = "runs") -> Path:
+    """Write `record` (with `id` and `status`) as folder/<room>/<id>.json, adding its `sha256`; the path.
 
     What stood there is first kept as folder/runs/superseded/<id>.<n>.json. A finished ("ok") one is superseded only
     with `replace`. Raises Refusal otherwise, and where nothing can be written.
     """
-    path = _path(folder, str(record["id"]))
+    path = _path(folder, str(record["id"]), room)
     if record["status"] not in STATUSES:
         raise ValueError(f"status {record['status']!r} is none of {', '.join(STATUSES)}")
     content = plain({key: value for key, value in record.items() if key != "sha256"})
     data = _serialise(content | {"sha256": _checksum(content)})
     if storage.create_exclusive(path, data):
         return path
-    if not replace and find(folder, content["id"], warn=False, status="ok") is not None:
+    if not replace and find(folder, content["id"], "ok", warn=False, room=room) is not None:
         raise Refusal(f"{path} is finished already; --force runs it again and keeps the old record aside")
     _keep_aside(path)
     return storage.write_bytes(path, data)
@@ -104,9 +104,11 @@ def read(path: Path) -> dict[str, Any]:
     return record
 
 
-def find(folder: Path, id: str, status: str | None = None, warn: bool = True) -> dict[str, Any] | None:
+def find(
+    folder: Path, id: str, status: str | None = None, warn: bool = True, room: str = "runs"
+) -> dict[str, Any] | None:
     """The record of that id (and that status, if given), or None; a damaged one is named in a warning and is None."""
-    path = _path(folder, id)
+    path = _path(folder, id, room)
     if not path.exists():
         return None
     try:
@@ -172,11 +174,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _path(folder: Path, id: str) -> Path:
+def _path(folder: Path, id: str, room: str) -> Path:
     """Where a record stands; an id comes from files too, and must not lead out of the folder."""
     if _ID.fullmatch(id) is None:
         raise Refusal(f"{id!r} is no record's id; an id has letters, digits, '-' and '_' only")
-    return folder / "runs" / f"{id}.json"
+    return folder / room / f"{id}.json"
 
 
 def _slug(name: str) -> str:

@@ -1,0 +1,372 @@
+"""Time and memory against sequence length: `python -m attnbench.cost --variants local2d,linear --sides 16,32,64`.
+
+Every cell is measured in children of its own: times by turns with the baseline's (the default variant), peak bytes
+alone. A cell that does not fit is a row that says so. Each is a record in out/costs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ByteSize, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError, field_validator
+
+from attnbench import cli
+from attnbench.config import ModelConfig, RunConfig, Scalar, Settings, TrainConfig
+from attnbench.errors import Refusal
+from attnbench.plan import PRESETS
+
+FOLDER = Path(__file__).with_name("costs")
+ROOM = "costs"
+"""The folder beside runs/ where cost records lie."""
+
+VOCAB = 256
+SHAPE = {"dim": 128, "depth": 6, "heads": 4}
+"""The model, where no preset is named."""
+
+Scope = Literal["attention", "step"]
+
+
+class CostConfig(Settings):
+    """Measures attention and training steps against the number of tokens; fits exponents, finds crossovers."""
+
+    variants: str = "all"
+    """Names, separated by commas; the default variant is the baseline of every ratio."""
+    sides: str = "16,32,64,128,256"
+    """Sides of the image, separated by commas."""
+    suite: str | None = None
+    """Cells that are declared in a file of attnbench/costs: gpu."""
+    batch: PositiveInt = 2
+    """Images at a time."""
+    budget: PositiveFloat = 3.0
+    """Seconds of timing a cell and scope."""
+    limit: PositiveFloat = 60.0
+    """Seconds after which a cell is given up."""
+    memory: str = "8GB"
+    """Bytes that a cell may use."""
+    out: Path = Path("results")
+    """Folder of results."""
+    force: bool = False
+    """Measure again what is measured."""
+
+    @field_validator("memory")
+    @classmethod
+    def _size(cls, value: str) -> str:
+        TypeAdapter(ByteSize).validate_python(value)
+        return value
+
+    @property
+    def bytes(self) -> int:
+        """The memory limit."""
+        return int(TypeAdapter(ByteSize).validate_python(self.memory))
+
+
+class CellsConfig(Settings):
+    """Cells of one scope: variants × sides."""
+
+    variants: tuple[str, ...] = Field(min_length=1)
+    scope: Scope
+    sides: tuple[PositiveInt, ...] = Field(min_length=1)
+    batch: PositiveInt = 2
+    preset: str | None = None
+    compile: bool = False
+    options: dict[str, dict[str, Scalar]] = Field(default_factory=dict)
+
+
+class CostSuite(Settings):
+    """A declared set of cells."""
+
+    needs: Literal["cpu", "cuda"] = "cpu"
+    seconds: PositiveFloat
+    """All of it must take no longer."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    cells: tuple[CellsConfig, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured: a run's settings at a side, and which part of it."""
+
+    config: RunConfig
+    side: int
+    scope: Scope
+
+    @property
+    def id(self) -> str:
+        """From the settings alone."""
+        from attnbench import record
+
+        told = {"side": self.side, "scope": self.scope, **self.config.identity()}
+        digest = hashlib.sha256(record.canonical(told)).hexdigest()[:10]
+        return f"{record._slug(self.config.variant)}-{self.scope}-{self.side}-{digest}"
+
+
+def suite(name: str) -> CostSuite:
+    """The declared suite of that name. Raises Refusal."""
+    path = FOLDER / f"{name}.yaml"
+    known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
+    if not path.is_file():
+        raise Refusal(f"there is no cost suite {name!r}; choose from {known}")
+    try:
+        return CostSuite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (ValidationError, yaml.YAMLError) as error:
+        raise Refusal(f"{path.name}: {str(error).splitlines()[0]}; mend the file") from error
+
+
+def cells(config: CostConfig) -> list[Cell]:
+    """All cells, the baseline's first, the short sequences first. Raises Refusal."""
+    if config.suite is not None:
+        declared = suite(config.suite)
+        return [cell for block in declared.cells for cell in _declared(block, declared)]
+    import models
+    from attnbench import variants
+
+    names = list(models.VARIANTS) if config.variants == "all" else config.variants.split(",")
+    for name in names:
+        variants.find(name)
+    baseline = RunConfig().variant
+    sides = sorted(_sides(config.sides))
+    ordered = [baseline, *(n for n in names if n != baseline)]
+    found = [_cell(name, side, scope, config.batch) for scope in _SCOPES for name in ordered for side in sides]
+    return [cell for cell in found if _sensible(cell)]
+
+
+_SCOPES: tuple[Scope, ...] = ("attention", "step")
+
+
+def _sensible(cell: Cell) -> bool:
+    """Whether the variant predicts pixels, and, for attention, is one."""
+    import models
+
+    variant = models.VARIANTS[cell.config.variant]
+    return "ar" in variant.objectives and (cell.scope == "step" or issubclass(variant.cls, models.Mixer))
+
+
+def _sides(text: str) -> set[int]:
+    try:
+        sides = {int(word) for word in text.split(",")}
+    except ValueError:
+        raise Refusal(f"--sides {text!r} are no whole numbers; write --sides 16,32,64") from None
+    if min(sides) < 1:
+        raise Refusal(f"--sides {text!r}: a side is at least 1")
+    return sides
+
+
+def _declared(block: CellsConfig, declared: CostSuite) -> Iterator[Cell]:
+    for name in block.variants:
+        for side in block.sides:
+            cell = _cell(name, side, block.scope, block.batch, PRESETS[block.preset] if block.preset else SHAPE)
+            model = cell.config.model.model_copy(update={"options": block.options.get(name, {})})
+            told = {"compile": block.compile, "precision": declared.precision}
+            train = cell.config.train.model_copy(update=told)
+            update = {"device": declared.needs, "model": model, "train": train}
+            yield Cell(cell.config.model_copy(update=update), side, block.scope)
+
+
+def _cell(name: str, side: int, scope: Scope, batch: int, shape: dict[str, int] = SHAPE) -> Cell:
+    train = TrainConfig(batch=batch, precision="float32")
+    return Cell(RunConfig(variant=name, model=ModelConfig(**shape), train=train, device="cpu"), side, scope)  # type: ignore[arg-type]
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def measured(cell: Cell, limits: CostConfig, baseline: bool) -> dict[str, Any]:
+    """The cell's record without its provenance: status, reason, metrics. Never raises for what does not fit.
+
+    `baseline`: whether the baseline is timed by turns with it.
+    """
+    from attnbench import measure
+
+    request = measure.Request(cell.config, cell.side, cell.side, VOCAB)
+    told: dict[str, Any] = {"request": request.dump(), "scope": cell.scope, "memory": limits.bytes}
+    rival = _rival(cell) if baseline else None
+    told |= {"budget": limits.budget, "baseline": rival and rival.dump()}
+    metrics: dict[str, Any] = {"peak_bytes": None}
+    try:
+        if cell.scope == "step":
+            metrics["peak_bytes"] = measure.in_child("memory", told["request"], limits.limit)["peak_bytes"]
+        else:
+            metrics["peak_bytes"] = measure.in_child("duel memory", told, limits.limit)["peak_bytes"]
+        found = measure.in_child("duel", told, limits.limit)
+    except measure.ChildFailed as failed:
+        return {"status": _status(failed), "reason": str(failed)[:500], "backend": None, "metrics": metrics}
+    return {"status": "ok", "backend": found["backend"], "metrics": metrics | _rates(found, cell)}
+
+
+def _status(failed: Any) -> str:
+    if failed.out_of_memory or "SIGKILL" in failed.ending:
+        return "oom"
+    return "timeout" if "took more than" in failed.ending else "crash"
+
+
+def _rates(found: dict[str, Any], cell: Cell) -> dict[str, Any]:
+    """The phases' timings, each with its FLOP/s as a share of the matrix product's."""
+    from attnbench import duel
+
+    size = duel.product_flops(cell.config.device)
+    for phase, timings in found["phases"].items():
+        flops = found["flops"].get(phase)
+        if flops:
+            own, product = flops / timings["own"]["median"], size / timings["product"]["median"]
+            timings |= {"flops_per_second": own, "share_of_product": own / product}
+    return {"phases": found["phases"], "flops": found["flops"]}
+
+
+def _rival(cell: Cell) -> Any:
+    """The baseline's request at the same side, batch and shape; None for the baseline itself."""
+    from attnbench import measure
+
+    name = RunConfig().variant
+    if cell.config.variant == name:
+        return None
+    model = cell.config.model.model_copy(update={"options": {}})
+    config = cell.config.model_copy(update={"variant": name, "model": model})
+    return measure.Request(config, cell.side, cell.side, VOCAB)
+
+
+def too_large(cell: Cell, limits: CostConfig) -> str | None:
+    """Why the cell is not even tried, by plan; None if it may fit."""
+    from attnbench import measure, predict
+
+    if cell.scope == "attention":
+        return None
+    need = predict.peak_bytes(measure.Request(cell.config, cell.side, cell.side, VOCAB))
+    return None if need <= limits.bytes else f"needs {need / 1e9:,.1f} GB by plan, more than {limits.memory}"
+
+
+def run(config: CostConfig, todo: Sequence[Cell], say: Any = lambda cell, done: None) -> list[dict[str, Any]]:
+    """Measures every cell that is not measured yet, writes its record, and returns all records."""
+    from attnbench import record
+
+    done: list[dict[str, Any]] = []
+    for cell in todo:
+        found = None if config.force else record.find(config.out, cell.id, "ok", room=ROOM)
+        if found is None:
+            found = _identity(cell) | _result(cell, config, done)
+            record.write(config.out, found, replace=config.force, room=ROOM)
+        done.append(found)
+        say(cell, found)
+    return done
+
+
+def _result(cell: Cell, config: CostConfig, done: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    reason = too_large(cell, config)
+    if reason is not None:
+        return {"status": "oom", "reason": reason, "backend": None, "metrics": {"peak_bytes": None}}
+    base = RunConfig().variant
+    same = [r for r in done if r["variant"] == base and (r["scope"], r["side"]) == (cell.scope, cell.side)]
+    return measured(cell, config, baseline=any(r["status"] == "ok" for r in same) or not same)
+
+
+def _identity(cell: Cell) -> dict[str, Any]:
+    import models
+    from attnbench import record
+
+    return {
+        "id": cell.id,
+        "kind": "cost",
+        "variant": cell.config.variant,
+        "family": models.VARIANTS[cell.config.variant].family,
+        "scope": cell.scope,
+        "side": cell.side,
+        "tokens": cell.side**2,
+        "config": cell.config.identity(),
+        "environment": record.environment(),
+    }
+
+
+# --- what the records say ---------------------------------------------------------------------------------------------
+
+
+def series(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """(variant, scope, phase or "memory") -> its points: side, tokens, cost, and ratio (Ratio or None) to the baseline."""
+    from attnbench.exponents import Ratio
+
+    base = RunConfig().variant
+    peaks = {(r["scope"], r["side"]): r["metrics"]["peak_bytes"] for r in records if r["variant"] == base}
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for r in records:
+        place = {"side": r["side"], "tokens": r["tokens"]}
+        for phase, timings in r["metrics"].get("phases", {}).items():
+            told = timings.get("ratio")
+            ratio = told and Ratio(r["side"], told["median"], told["low"], told["high"])
+            point = place | {"cost": timings["own"]["median"], "ratio": ratio}
+            found.setdefault((r["variant"], r["scope"], phase), []).append(point)
+        peak, other = r["metrics"]["peak_bytes"], peaks.get((r["scope"], r["side"]))
+        if peak and peak > 0:
+            share = Ratio(r["side"], *(peak / other,) * 3) if other and r["variant"] != base else None
+            found.setdefault((r["variant"], r["scope"], "memory"), []).append(place | {"cost": peak, "ratio": share})
+    return found
+
+
+def _print(records: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from attnbench.exponents import crossover, exponent
+
+    cost = Table("variant", "scope", "side", "phase", "median ms", "quartiles", "n", "of product", "/ baseline", "MB")
+    for r in records:
+        phases = r["metrics"].get("phases", {})
+        peak = f"{r['metrics']['peak_bytes'] / 1e6:,.1f}" if r["metrics"]["peak_bytes"] else ""
+        if not phases:
+            cost.add_row(
+                r["variant"], r["scope"], str(r["side"]), r["status"], "", r.get("reason", ""), "", "", "", peak
+            )
+        for phase, t in phases.items():
+            own, ratio = t["own"], t.get("ratio")
+            spread = f"{own['low'] * 1e3:,.2f} to {own['high'] * 1e3:,.2f}"
+            share = f"{t['share_of_product']:.1%}" if "share_of_product" in t else ""
+            against = f"{ratio['median']:.3f}" if ratio else ""
+            row = (f"{own['median'] * 1e3:,.2f}", spread, str(own["n"]), share, against, peak)
+            cost.add_row(r["variant"], r["scope"], str(r["side"]), phase, *row)
+    fits = Table("variant", "scope", "cost", "exponent in n", "95 %", "points", "cheaper than the baseline from side")
+    for (variant, scope, phase), points in series(records).items():
+        fit = exponent([p["tokens"] for p in points], [p["cost"] for p in points])
+        between = "" if fit is None or fit.low is None else f"{fit.low:.2f} to {fit.high:.2f}"
+        ratios = [p["ratio"] for p in points if p["ratio"]]
+        where = crossover(ratios).text() if ratios else ""
+        fits.add_row(variant, scope, phase, f"{fit.value:.2f}" if fit else "", between, str(len(points)), where)
+    console = Console()
+    console.print(cost)
+    console.print(fits)
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = cli.parse(CostConfig, argv, prog="attnbench.cost")
+    if config.suite is not None and suite(config.suite).needs == "cuda":
+        _need_cuda(config.suite)
+    todo = cells(config)
+    from attnbench import storage
+
+    storage.check_writable(config.out)
+
+    def say(cell: Cell, done: dict[str, Any]) -> None:
+        print(
+            f"{cell.config.variant} {cell.scope} {cell.side}: {done['status']} {done.get('reason', '')}",
+            file=sys.stderr,
+        )
+
+    _print(run(config, todo, say))
+    print(config.out / ROOM)
+    return 0
+
+
+def _need_cuda(name: str) -> None:
+    """Raises Refusal, with the reason, where there is no GPU that torch can use."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    reason = "no device or no driver answers" if torch.version.cuda else f"torch {torch.__version__} has no CUDA"
+    raise Refusal(f"suite {name} needs a CUDA GPU: {reason}; run it where python -m attnbench.doctor shows one")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.command(main, stopped="stopped; the same command goes on")())
