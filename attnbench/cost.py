@@ -26,6 +26,9 @@ ROOM = "costs"
 """The folder beside runs/ where cost records lie."""
 
 VOCAB = 256
+WIDTH = 150
+"""Columns that the table needs."""
+
 SHAPE = {"dim": 128, "depth": 6, "heads": 4}
 """The model, where no preset is named."""
 
@@ -232,11 +235,14 @@ def _rival(cell: Cell) -> Any:
 
 def too_large(cell: Cell, limits: CostConfig) -> str | None:
     """Why the cell is not even tried, by plan; None if it may fit."""
-    from attnbench import measure, predict
+    from attnbench import measure, predict, trace
 
     if cell.scope == "attention":
         return None
-    need = predict.peak_bytes(measure.Request(cell.config, cell.side, cell.side, VOCAB))
+    try:
+        need = predict.peak_bytes(measure.Request(cell.config, cell.side, cell.side, VOCAB))
+    except trace.TooLong:  # then the child's own limit decides
+        return None
     return None if need <= limits.bytes else f"needs {need / 1e9:,.1f} GB by plan, more than {limits.memory}"
 
 
@@ -285,7 +291,7 @@ def _identity(cell: Cell) -> dict[str, Any]:
 
 
 def series(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-    """(variant, scope, phase or "memory") -> its points: side, tokens, cost, and ratio (Ratio or None) to the baseline."""
+    """(variant, scope, phase or "memory") -> its points: side, tokens, cost, ratio to the baseline (Ratio or None)."""
     from attnbench.exponents import Ratio
 
     base = RunConfig().variant
@@ -334,6 +340,7 @@ def _print(records: Sequence[dict[str, Any]]) -> None:
         where = crossover(ratios).text() if ratios else ""
         fits.add_row(variant, scope, phase, f"{fit.value:.2f}" if fit else "", between, str(len(points)), where)
     console = Console()
+    console.width = max(console.width, WIDTH)  # a figure that is cut is no figure
     console.print(cost)
     console.print(fits)
 

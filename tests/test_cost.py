@@ -19,7 +19,8 @@ ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limi
 
 
 def limits(tmp_path: Path, **told: Any) -> CostConfig:
-    return CostConfig(**({"out": tmp_path, "budget": 0.05, "memory": "4GB"} | told))
+    settings: dict[str, Any] = {"out": tmp_path, "budget": 0.05, "memory": "4GB"}
+    return CostConfig(**(settings | told))
 
 
 def test_the_two_are_timed_by_turns() -> None:
@@ -77,7 +78,7 @@ def test_cells_are_records_and_are_measured_once(tmp_path: Path) -> None:
         assert done["kind"] == "cost" and done["status"] == "ok"
         kept = record.read(tmp_path / "costs" / f"{done['id']}.json")
         assert kept["metrics"]["phases"].keys() == {"forward", "backward", "decoding"}
-        assert 0 < kept["metrics"]["phases"]["forward"]["share_of_product"]
+        assert kept["metrics"]["phases"]["forward"]["share_of_product"] > 0
     assert "ratio" in own["metrics"]["phases"]["forward"] and "ratio" not in base["metrics"]["phases"]["forward"]
     assert not (tmp_path / "runs").exists()
     assert cost.run(told, todo)[0]["environment"]["time"] == base["environment"]["time"]
@@ -140,7 +141,7 @@ def test_the_gpu_suite_is_sound() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_gpu_suite_is_refused_without_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="needs a CUDA GPU: .*; run it where"):
+    with pytest.raises(Refusal, match=r"needs a CUDA GPU: .*; run it where"):
         cost.main(["--suite", "gpu", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
