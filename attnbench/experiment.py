@@ -30,8 +30,8 @@ from attnbench import (
     variants,
 )  # fmt: skip
 from attnbench.config import RunConfig, threads
+from attnbench.draw import draw
 from attnbench.errors import Refusal
-from attnbench.sample import draw
 
 Watch = Callable[[str, int, float], None]
 """Told the stage ("train", "test", "probe", …), the step and the loss."""

@@ -325,7 +325,7 @@ def _sampling(model: nn.Module, request: Request, budget: float) -> dict[str, An
     """Rate of drawing SAMPLED images at a time, and the bytes an image's decoding keeps after its last pixel."""
     import torch
 
-    from attnbench import sample
+    from attnbench.draw import draw
 
     result: dict[str, Any] = {"sample_images_per_second": None, "state_bytes_per_image": None}
     if request.config.model.objective != "ar" or not hasattr(model, "start"):
@@ -335,7 +335,7 @@ def _sampling(model: nn.Module, request: Request, budget: float) -> dict[str, An
         return result
     result["state_bytes_per_image"] = state_bytes(state, model) // SAMPLED
     generator = torch.Generator().manual_seed(0)
-    timing = rates(lambda: sample.draw(model, SAMPLED, generator), SAMPLED, budget, request.config.device, warmup=1)
+    timing = rates(lambda: draw(model, SAMPLED, generator), SAMPLED, budget, request.config.device, warmup=1)
     return result | {"sample_images_per_second": asdict(timing)}
 
 

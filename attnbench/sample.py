@@ -1,39 +1,59 @@
-"""Pictures drawn by a model: samples from nothing, and completions of images whose first pixels are known."""
+"""`python -m attnbench.sample RECORD --complete 0.5`: samples and completions of a finished run, as PNG sheets."""
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from pathlib import Path
+from typing import Annotated
 
-import torch
-from torch import Tensor
+import tyro
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from attnbench import cli
+from attnbench.config import Settings
+from attnbench.errors import Refusal
 
 
-@torch.no_grad()
-def draw(
-    model: Any,
-    count: int,
-    generator: torch.Generator,
-    temperature: float = 1.0,
-    known: Tensor | None = None,
-    share: float = 0.0,
-) -> Tensor:
-    """int64 (count, height, width), pixel after pixel along the scan, by incremental decoding.
+class PictureConfig(Settings):
+    """Draws pictures with a trained model: from nothing, or going on from the first part of test images."""
 
-    The first `share` of the pixels is copied from `known` (count, height, width).
-    """
-    model.eval()
-    grid, order = model.scan.grid, model.order
-    state = model.start(count)
-    given = None if known is None else known.flatten(1).to(order.device)[:, order]
-    keep = round(share * grid.size) if given is not None else 0
-    pixel: Tensor | None = None
-    pixels: list[Tensor] = []
-    for t in range(grid.size):
-        logits, state = model.step(pixel, state)
-        if given is not None and t < keep:
-            pixel = given[:, t]
-        else:
-            chances = (logits.float() / temperature).softmax(-1).cpu()
-            pixel = torch.multinomial(chances, 1, generator=generator).squeeze(1).to(order.device)
-        pixels.append(pixel)
-    return torch.stack(pixels, dim=1)[:, torch.argsort(order)].unflatten(1, (grid.height, grid.width))
+    record: Annotated[Path, tyro.conf.Positional]
+    """The run's record, OUT/runs/ID.json."""
+    complete: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each test image that the model is shown, along the scan; 0 draws from nothing."""
+    count: PositiveInt = 16
+    """How many pictures."""
+    temperature: PositiveFloat = 1.0
+    """Softmax temperature."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the draws."""
+    data_root: Path | None = None
+    """Folder that holds the data set's files, where the data set needs any."""
+    out: Path = Path("sample.png")
+    """The sheet."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = cli.parse(PictureConfig, argv, prog="attnbench.sample")
+    from attnbench import pictures, storage, train, trained
+    from attnbench.draw import draw
+
+    storage.check_writable(config.out.parent)
+    run = trained.load(config.record, config.data_root)
+    if run.config.model.objective != "ar":
+        raise Refusal(f"{run.record['id']} has objective {run.config.model.objective!r}: it has no order to draw in")
+    truth = run.images("test")[: config.count] if config.complete else None
+    count = config.count if truth is None else len(truth)
+    generator = train.generator("samples", config.seed)
+    drawn = draw(run.model(), count, generator, config.temperature, truth, config.complete)
+    shown = run.tokeniser.decode(drawn.cpu().numpy())
+    if truth is None:
+        sheet = pictures.sheet([shown])
+    else:
+        sheet = pictures.completions(run.tokeniser.decode(truth.numpy()), shown, config.complete)
+    print(storage.write_bytes(config.out, sheet))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.command(main, stopped="stopped")())

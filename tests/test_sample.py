@@ -1,0 +1,59 @@
+"""Pictures: what is given is kept, what is drawn is new, and the command makes a sheet of a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import models
+from attnbench import experiment, sample
+from attnbench.config import RunConfig
+from attnbench.draw import draw
+from attnbench.errors import Refusal
+
+
+@pytest.mark.parametrize("scan", ["raster", "column", "hilbert"])
+def test_the_first_pixels_along_the_scan_are_kept(scan: str) -> None:
+    torch.manual_seed(0)
+    model = models.build("dense1d", height=4, width=6, vocab=5, dim=16, depth=1, heads=2, scan=scan)
+    known = torch.randint(5, (3, 4, 6))
+    drawn = draw(model, 3, torch.Generator().manual_seed(1), known=known, share=0.5)
+    first = torch.zeros(24, dtype=torch.bool)
+    first[model.order[:12]] = True
+    assert torch.equal(drawn.flatten(1)[:, first], known.flatten(1)[:, first])
+    assert not torch.equal(drawn, known)
+
+
+def test_the_same_generator_draws_the_same_pictures() -> None:
+    torch.manual_seed(0)
+    model = models.build("local2d", height=3, width=5, vocab=4, dim=16, depth=1, heads=2)
+    pictures = [draw(model, 2, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(pictures[0], pictures[1])
+    assert not torch.equal(pictures[0], pictures[2])
+
+
+def test_a_low_temperature_draws_the_likeliest() -> None:
+    torch.manual_seed(0)
+    model: Any = models.build("dense1d", height=2, width=3, vocab=4, dim=16, depth=1, heads=2)
+    torch.nn.init.normal_(model.head.weight)
+    cold = [draw(model, 1, torch.Generator().manual_seed(seed), temperature=1e-4) for seed in range(4)]
+    assert all(torch.equal(picture, cold[0]) for picture in cold)
+
+
+def test_the_command_draws_from_a_record(tmp_path: Path) -> None:
+    config = RunConfig.model_validate(
+        {"variant": "local2d", "out": tmp_path, "measure": False, "train": {"steps": 3, "batch": 8},
+         "model": {"dim": 16, "depth": 1, "heads": 2}, "probe": {"enabled": False}, "evaluate": {"images": 16}}
+    )  # fmt: skip
+    path = experiment.execute(experiment.resolve(config))
+    for arguments in ([], ["--complete", "0.5"]):
+        out = tmp_path / f"sheet{len(arguments)}.png"
+        assert sample.main([str(path), "--count", "4", "--out", str(out), *arguments]) == 0
+        assert np.asarray(Image.open(out)).std() > 10
+    with pytest.raises(Refusal, match="cannot be read"):
+        sample.main([str(tmp_path / "nothing.json")])
