@@ -195,8 +195,8 @@ def measured(cell: Cell, limits: CostConfig, baseline: bool) -> dict[str, Any]:
         if cell.scope == "step":
             metrics["peak_bytes"] = measure.in_child("memory", told["request"], limits.limit)["peak_bytes"]
         else:
-            metrics["peak_bytes"] = measure.in_child("duel memory", told, limits.limit)["peak_bytes"]
-        found = measure.in_child("duel", told, limits.limit)
+            metrics["peak_bytes"] = measure.in_child("attnbench.duel:memory", told, limits.limit)["peak_bytes"]
+        found = measure.in_child("attnbench.duel:time", told, limits.limit)
     except measure.ChildFailed as failed:
         return {"status": _status(failed), "reason": str(failed)[:500], "backend": None, "metrics": metrics}
     return {"status": "ok", "backend": found["backend"], "metrics": metrics | _rates(found, cell)}

@@ -1,6 +1,6 @@
 """One cost cell: a variant and the baseline by turns in one process, with a matrix product as the machine's yardstick.
 
-Runs in a child of attnbench.measure, under a limit of memory. Nothing is timed before its oracle has passed here.
+Runs in a child, as attnbench.measure does, under a limit of memory. Nothing is timed before its oracle has passed here.
 Shapes: q, k, v (batch, heads, seq, head_dim).
 """
 
@@ -222,3 +222,9 @@ def _flops(request: Request, scope: str) -> dict[str, int]:
 def _backend(request: Request) -> str:
     small = request.config.model_copy(update={"model": request.config.model.model_copy(update={"depth": 1})})
     return str(train.make_model(small, *request.shape).backend)
+
+
+KINDS: measure.Kinds = {"time": time_cell, "memory": peak_cell}
+
+if __name__ == "__main__":
+    measure.main(KINDS)

@@ -39,6 +39,9 @@ BATCHES = 4
 SAMPLED = 16
 """Images drawn at a time."""
 
+Kinds = dict[str, Callable[[dict[str, Any]], dict[str, Any]]]
+"""Kind of request -> what answers it."""
+
 _TAIL = 20
 _PROJECT = Path(__file__).resolve().parent.parent
 
@@ -126,7 +129,10 @@ def throughput(request: Request, budget: float = 6.0, timeout: float = 600.0) ->
 
 
 def in_child(kind: str, request: dict[str, Any], timeout: float = 600.0) -> dict[str, Any]:
-    """The answer of `python -m attnbench.measure kind` to `request`, within `timeout` seconds. Raises ChildFailed."""
+    """The answer of `python -m attnbench.measure kind` to `request`, within `timeout` seconds. Raises ChildFailed.
+
+    "module:kind" asks another module that answers through `main`.
+    """
     try:
         done = subprocess.run(
             _command(kind),
@@ -153,7 +159,8 @@ def in_child(kind: str, request: dict[str, Any], timeout: float = 600.0) -> dict
 
 
 def _command(kind: str) -> list[str]:
-    return [sys.executable, "-m", "attnbench.measure", kind]
+    module, _, name = kind.rpartition(":")
+    return [sys.executable, "-m", module or "attnbench.measure", name]
 
 
 def _environment(kind: str) -> dict[str, str]:
@@ -161,7 +168,7 @@ def _environment(kind: str) -> dict[str, str]:
     paths = [str(_PROJECT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     environment["OMP_NUM_THREADS"] = str(threads())
-    if kind not in ("time", "duel"):
+    if kind.rpartition(":")[2] != "time":
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     return environment
 
@@ -421,34 +428,20 @@ def _train(request: Request, batches: list[Batch]) -> None:
         train.train_step(model, optimiser, inputs, step, request.config, labels)
 
 
-def _duel(told: dict[str, Any]) -> dict[str, Any]:
-    from attnbench import duel
-
-    return duel.time_cell(told)
+KINDS: Kinds = {"memory": _measure_memory, "time": _measure_time, "meter": _check_meter}
 
 
-def _duel_memory(told: dict[str, Any]) -> dict[str, Any]:
-    from attnbench import duel
-
-    return duel.peak_cell(told)
-
-
-KINDS = {
-    "memory": _measure_memory, "time": _measure_time, "meter": _check_meter, "duel": _duel, "duel memory": _duel_memory,
-}  # fmt: skip
-
-
-def main() -> None:
+def main(kinds: Kinds) -> None:
     """Answer one request. What the work prints goes to standard error; the answer is standard output's one line."""
     import torch
 
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.set_num_threads(threads())
-    result = KINDS[sys.argv[1]](json.load(sys.stdin))
+    result = kinds[sys.argv[1]](json.load(sys.stdin))
     answer.write(json.dumps(result, allow_nan=False) + "\n")
     answer.close()
 
 
 if __name__ == "__main__":
-    main()
+    main(KINDS)
