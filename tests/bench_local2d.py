@@ -1,0 +1,56 @@
+"""local2d, radius 3, against dense attention and against the peers' windows: `pytest --benchmark-only`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from models import backends, kernels
+from models.geometry import Grid, Scan, window2d
+from tests.timing import PHASES, dense, inputs, mixer_at, passed, time_attention
+
+RADIUS = 3
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("backend", "side"), [("compiled", 32), ("compiled", 64), ("compiled", 128), ("blocked", 64)])
+def test_local2d(benchmark: Any, backend: str, phase: str, side: int) -> None:
+    if backend == "compiled" and (reason := kernels.missing("local2d")):
+        pytest.skip(reason)
+    mixer = mixer_at("local2d", side, backend)
+    time_attention(benchmark, "local2d", backend, mixer, mixer.flops(), side, phase)
+
+
+@pytest.mark.parametrize("side", [32, 64])
+@pytest.mark.parametrize("phase", PHASES)
+def test_dense(benchmark: Any, phase: str, side: int) -> None:
+    mixer = mixer_at("dense1d", side)
+    time_attention(benchmark, "dense1d", passed("dense1d", "sdpa"), dense, mixer.flops(), side, phase)
+
+
+def test_compiled_flex_attention_at_the_same_window(benchmark: Any) -> None:
+    """Forward alone: on CPU it has no backward pass."""
+    scan = Scan(Grid(64, 64))
+    mask = backends.flex_mask(window2d(scan, RADIUS), 64 * 64, torch.device("cpu"))
+    with torch.no_grad():
+        q, k, v = inputs(64)
+        assert_close(backends.flex(q, k, v, mask), mixer_at("local2d", 64)(q, k, v), rtol=1e-4, atol=1e-4)
+    time_attention(
+        benchmark, "local2d", "flex", lambda q, k, v: backends.flex(q, k, v, mask),
+        mixer_at("local2d", 64).flops(), 64, "forward",
+    )  # fmt: skip
+
+
+def test_natten_at_the_same_window(benchmark: Any) -> None:
+    """Forward alone, through FlexAttention: on CPU NATTEN has no kernel of its own."""
+    pytest.importorskip("natten", reason="natten is not installed (extra gpu)")
+    scan = Scan(Grid(64, 64))
+    with torch.no_grad():
+        q, k, v = inputs(64)
+        assert_close(backends.natten(q, k, v, scan, RADIUS), mixer_at("local2d", 64)(q, k, v), rtol=1e-4, atol=1e-4)
+    time_attention(
+        benchmark, "local2d", "natten", lambda q, k, v: backends.natten(q, k, v, scan, RADIUS), None, 64, "forward"
+    )
