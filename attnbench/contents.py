@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from attnbench import tables
+import pandas as pd
+
+from attnbench import afterwards, tables
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A table of the page: where it belongs, what it is called, how it is made, and what must run to fill it."""
+    """A table of the page: where it belongs, what it is called, how it is made, and what must run to fill it.
+
+    `make` is given the frame of runs, or the folder of results where `outside` them.
+    """
 
     key: str
     claim: str
     title: str
-    make: tables.Table
+    make: Callable[..., pd.DataFrame]
     note: str
+    outside: bool = False
 
 
 ENTRIES: tuple[Entry, ...] = (
@@ -88,4 +95,14 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry("failures", "all", "Runs that did not end well", tables.failures, "nothing: it is empty when all went well"),
     Entry("published", "all", "What others published, under other protocols", tables.published, ""),
+    Entry("transfer", "C3", "Trained models at other sides", afterwards.transfer, "python -m attnbench.transfer", True),
+    Entry("surgery", "C4", "Trained models under other masks", afterwards.surgery, "python -m attnbench.surgery", True),
+    Entry(
+        "attention",
+        "C4",
+        "Where attention goes by itself",
+        afterwards.attention,
+        "python -m attnbench.attention_map on runs with softmax attention",
+        True,
+    ),
 )

@@ -24,7 +24,7 @@ METRICS = (
     "steps", "seconds",
 )  # fmt: skip
 DERIVED = (
-    "seconds_per_image", "row_start_nats", "interior_nats", "first_row_nats",
+    "seconds_per_image", "training_flops", "validation", "row_start_nats", "interior_nats", "first_row_nats",
     "probe_first", "probe_last", "probe_depth",
 )  # fmt: skip
 KEYS = (
@@ -163,6 +163,12 @@ def _row(record: Record) -> dict[str, Any]:
 def _derived(record: Record, metrics: Record) -> dict[str, float | int | None]:
     speed = number(metrics.get("train_images_per_second"))
     found: dict[str, float | int | None] = {"seconds_per_image": 1 / speed if speed else None}
+    cost, steps = number(metrics.get("train_flops_per_image")), number(metrics.get("steps"))
+    batch = number(part(part(record, "config"), "train").get("batch"))
+    found["training_flops"] = cost * steps * batch if cost and steps and batch else None
+    found["validation"] = number(metrics.get("validation_nats_per_token"))
+    if found["validation"] is None:  # a supervised run has a loss of its own
+        found["validation"] = number(metrics.get("validation_nats_per_label"))
     found |= _by_place(record.get("nll_map"))
     probe = depths(record)
     if probe:
@@ -270,7 +276,7 @@ def _chosen(runs: pd.DataFrame) -> pd.Series:
     for _, tried in runs.groupby("cell", sort=False):
         if tried["lr"].nunique() < 2:
             continue
-        loss = tried["validation_nats_per_token"].where(tried["status"] == "ok", math.inf).fillna(math.inf)
+        loss = tried["validation"].where(tried["status"] == "ok", math.inf).fillna(math.inf)
         table = tried.assign(loss=loss).pivot_table(
             index="seed", columns="lr", values="loss", aggfunc="min", dropna=False
         )

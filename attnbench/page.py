@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,8 @@ def _count(value: float) -> str:
 COLUMNS: dict[str, Column] = {
     "nats_per_token": Column("nats/token", "{:.4f}".format),
     "bits_per_dim": Column("bits/dim", "{:.3f}".format),
-    "validation_nats_per_token": Column("validation nats/token", "{:.4f}".format),
+    "validation": Column("validation loss (nats)", "{:.4f}".format),
+    "cost_nats_per_token": Column("cost of the cut (nats/token)", "{:+.4f}".format),
     "regret_nats_per_token": Column("regret (nats/token)", "{:.4f}".format),
     "probe_accuracy_best": Column("best probe accuracy", "{:.3f}".format),
     "accuracy_embedding": Column("accuracy at the embedding", "{:.3f}".format),
@@ -70,6 +72,7 @@ COLUMNS: dict[str, Column] = {
     "best_depth": Column("best layer", "{:.2f}".format),
     "parameters": Column("parameters", _count),
     "train_flops_per_image": Column("training GFLOPs/image", "{:.3g}".format, 1e-9),
+    "training_flops": Column("PFLOPs of the whole training", "{:.3g}".format, 1e-15),
     "train_peak_bytes": Column("training MiB at peak", "{:,.1f}".format, 2.0**-20),
     "predicted_train_peak_bytes": Column("predicted MiB", "{:,.1f}".format, 2.0**-20),
     "train_images_per_second": Column("training images/s", "{:,.1f}".format),
@@ -144,31 +147,40 @@ class Image:
 
 
 def inlined(results: Path, runs: pd.DataFrame) -> dict[str, list[Image]]:
-    """Samples, completions and receptive fields of one seed a setting, and its error map, within PICTURE_BYTES."""
-    found: dict[str, list[Image]] = {"samples": [], "completions": [], "receptive fields": [], "error maps": []}
-    left = PICTURE_BYTES
+    """Samples and completions of one seed a setting, error maps and receptive fields, within PICTURE_BYTES together."""
     known = tables.finished(runs)
     context = tables.leading_context(runs)
-    ordered = pd.concat([known[known["context"] == context], known[known["context"] != context]])
-    for row in frame.rows(ordered.drop_duplicates(["context", "setting"])):
-        where = f"{row.setting}, {row.context}"
-        for kind, name in (
-            ("samples", "samples"),
-            ("completions", "completions"),
-            ("receptive fields", "receptive-field"),
-        ):
-            data = _file(results / "artifacts" / str(row.id) / f"{name}.png", left)
-            if data is not None:
-                left -= len(data)
-                found[kind].append(Image(where, f"{kind} of {where}, seed {row.seed:.0f}", data))
-        rows = frame.nll_map(row.record) if row.context == context else None
-        if rows and len(found["error maps"]) < MOST_MAPS:
-            low, high = min(min(r) for r in rows), max(max(r) for r in rows)
-            caption = f"{row.setting}: {low:.2f} (pale) to {high:.2f} (dark) nats"
-            found["error maps"].append(
-                Image(caption, f"Mean nats of each pixel, {caption}", _base64(figures.heat(rows)))
-            )
+    first = pd.concat([known[known["context"] == context], known[known["context"] != context]])
+    first = first.drop_duplicates(["context", "setting"])
+    leading = first[first["context"] == context]
+    found = {"error maps": _maps(leading), "receptive fields": [], "completions": [], "samples": []}
+    left = PICTURE_BYTES
+    wanted = [("receptive fields", variant, results / "fields" / f"{variant}.png") for variant in _plain(leading)]
+    for row in frame.rows(first):
+        where, folder = f"{row.setting}, {row.context}, seed {row.seed:.0f}", results / "artifacts" / str(row.id)
+        wanted += [(kind, where, folder / f"{kind}.png") for kind in ("completions", "samples")]
+    for kind, where, path in wanted:
+        data = _file(path, left)
+        if data is not None:
+            left -= len(data)
+            found[kind].append(Image(where, f"{kind.removesuffix('s')} of {where}", data))
     return {kind: images for kind, images in found.items() if images}
+
+
+def _plain(runs: pd.DataFrame) -> list[str]:
+    """The variants whose name is a file's name too; somebody's own may be a path."""
+    return [name for name in dict.fromkeys(map(str, runs["variant"])) if re.fullmatch(r"[\w-]+", name)]
+
+
+def _maps(leading: pd.DataFrame) -> list[Image]:
+    found = []
+    for row in frame.rows(leading.head(MOST_MAPS)):
+        nats = frame.nll_map(row.record)
+        if nats:
+            low, high = min(map(min, nats)), max(map(max, nats))
+            caption = f"{row.setting}: {low:.2f} (pale) to {high:.2f} (dark) nats"
+            found.append(Image(caption, f"Mean nats of each pixel, {caption}", _base64(figures.heat(nats))))
+    return found
 
 
 def _file(path: Path, left: int) -> str | None:

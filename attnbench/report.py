@@ -66,7 +66,8 @@ def declared(results: Path) -> Declared:
             notes.append(
                 f"Suite {name} was changed {len(versions) - 1} times since {versions[0][0]}; the last one counts."
             )
-    return Declared(suites + [one for one in suite.packaged() if one.name not in found], notes)
+    swept = {name for one in suites for name in (one.name, *one.includes)}
+    return Declared(suites + [one for one in suite.packaged() if one.name not in swept], notes)
 
 
 def write(results: Path, folder: Path, quick: bool = False) -> Path:
@@ -88,7 +89,7 @@ def write(results: Path, folder: Path, quick: bool = False) -> Path:
     judged = verdicts.judge(runs, rules.suites)
     pictures = list(figures.pictures(runs, {"cost"} if quick else None, png=not quick))
     front = tables.front(runs)
-    made = {entry.key: entry.make(runs) for entry in contents.ENTRIES}
+    made = {entry.key: entry.make(results if entry.outside else runs) for entry in contents.ENTRIES}
     _write_tables(folder, runs, front, made, verdicts.table(judged), verdicts.rules(judged))
     for picture in pictures:
         storage.write_text(folder / "figures" / f"{picture.key}.svg", picture.svg)

@@ -48,17 +48,17 @@ def schedule(whole: Suite, cells: Iterable[Cell], find: Callable[[str], Record |
     failed: list[Cell] = []
     ready: list[Cell] = []
     waiting = 0
+    seen: set[str] = set()
     for group in _settings(cells).values():
         tune = blocks[group[0].block].tune
-        for cells_of_rate in _at_rates(group, tune.seeds if tune else 0, find, fit):
-            if cells_of_rate is None:
+        for cell in _at_rates(group, tune.seeds if tune else 0, find, fit):
+            if cell is None:
                 waiting += 1
-                continue
-            state = find(record.identify(cells_of_rate.config))
-            if state is None:
-                ready.append(cells_of_rate)
-            else:
-                (done if state.get("status") in FINISHED else failed).append(cells_of_rate)
+            elif (name := record.identify(cell.config)) not in seen:  # suites share cells; each is one run
+                seen.add(name)
+                state = find(name)
+                finished = state is not None and state.get("status") in FINISHED
+                (ready if state is None else done if finished else failed).append(cell)
     return Schedule(tuple(done), tuple(failed), tuple(sorted(ready, key=lambda c: c.config.seed)), waiting)
 
 
@@ -103,7 +103,10 @@ def _losses(explored: list[Cell | None], find: Callable[[str], Record | None]) -
         done = find(record.identify(cell.config)) if cell is not None else None
         if cell is None or done is None:
             return None
-        value = part(done, "metrics").get("validation_nats_per_token") if done.get("status") == "ok" else None
+        metrics = part(done, "metrics") if done.get("status") == "ok" else {}
+        value = metrics.get("validation_nats_per_token")
+        if value is None:  # a supervised run has a loss of its own
+            value = metrics.get("validation_nats_per_label")
         found[cell.config.train.lr].append(math.inf if value is None else float(value))
     means = {lr: sum(values) / len(values) for lr, values in found.items()}
     return {lr: mean for lr, mean in means.items() if math.isfinite(mean)}

@@ -19,6 +19,7 @@ A suite is a YAML file of attnbench/suites/ (or anyone's own). Example:
 
 from __future__ import annotations
 
+import copy
 import difflib
 import itertools
 from collections.abc import Iterator, Mapping
@@ -123,6 +124,9 @@ class Rule(Settings):
     threshold: float
     """The smallest effect of interest, on the scale of the effect."""
     level: float = Field(default=0.95, gt=0.5, lt=1)
+    equal: Literal["steps", "flops", "seconds", "bytes"] = "steps"
+    """What the two runs of a pair had equally much of, within 5 %: steps; FLOPs or seconds of the whole training, or
+    peak bytes, whatever the steps or the width that took."""
     exact: bool = False
     """The metric follows from the definition (parameters, FLOPs): one run says all."""
     correction: str | None = None
@@ -139,6 +143,7 @@ class Rule(Settings):
         pairs = "; ".join(pair.text() for pair in self.pairs)
         on = f" on {shown(self.where)}" if self.where else ""
         over = f" over {self.against}" if self.kind in ("exponent", "correlation") else ""
+        on += f" at equal {self.equal}" if self.equal != "steps" else ""
         rule = f"expected {self.expects} {self.threshold:g} at {self.level:.0%}"
         return f"{self.kind} of {self.metric}{over}: {pairs}{on}; {rule}"
 
@@ -186,9 +191,9 @@ def _load(name: str, above: tuple[str, ...]) -> Suite:
         raise Refusal(f"suite {name} includes itself; take it out of {above[-1]}")
     own = _parse(_find(name))
     parts = [_load(other, (*above, name)) for other in own.includes]
-    blocks = {block.name: block for part in [*parts, own] for block in part.blocks}
+    theirs = [b.model_copy(update={"name": f"{part.name}/{b.name}"}) for part in parts for b in part.blocks]
     rules = itertools.chain.from_iterable(part.rules for part in [*parts, own])
-    return own.model_copy(update={"blocks": tuple(blocks.values()), "rules": tuple(rules)})
+    return own.model_copy(update={"blocks": (*theirs, *own.blocks), "rules": tuple(rules)})
 
 
 def _find(name: str) -> Path:
@@ -230,8 +235,7 @@ def cells(suite: Suite, known: Mapping[str, str], base: RunConfig) -> list[Cell]
 def _block(suite: str, block: Block, known: Mapping[str, str], base: RunConfig) -> Iterator[Cell]:
     points = [dict(zip(block.grid, values, strict=True)) for values in itertools.product(*block.grid.values())]
     for variant, point, seed in itertools.product(_variants(suite, block, known), points, block.seeds):
-        told: dict[str, Any] = {}
-        schema.merge(told, block.settings)
+        told = copy.deepcopy(block.settings)
         for path, value in point.items():
             schema.put(told, path, value)
         config = _config(f"suite {suite}, block {block.name}", {"variant": variant, **told, "seed": seed}, base)

@@ -72,7 +72,11 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
     rows = [_summary_row(context, setting, own) for context, setting, own in groups(known)]
     if not rows:
         return pd.DataFrame()
-    costs = known.groupby(["context", "setting"])[["parameters", *COSTS]].median().reset_index()
+    costs = (
+        known.groupby(["context", "setting"])[["parameters", *COSTS, "training_flops", "seconds"]]
+        .median()
+        .reset_index()
+    )
     table = pd.DataFrame(rows).merge(costs, on=["context", "setting"])
     table["commit"] = table.pop("commit")
     return table.sort_values(["context", "nats_per_token"], ignore_index=True)
@@ -113,9 +117,9 @@ def front(runs: pd.DataFrame) -> pd.DataFrame:
     order = table["setting"].tolist()
     places = stats.ranks([own[s] for s in order]) if len(order) <= MOST_RANKED else [(1, len(order))] * len(order)
     table.insert(1, "rank", [f"{a}" if a == b else f"{a}–{b}" for a, b in places])
-    axes = [axis for axis in (*COSTS[:2], "seconds") if axis in table or axis == "seconds"]
-    points = table.assign(seconds=1 / table["train_images_per_second"])[["nats_per_token", *axes]]
-    points = points.dropna(axis="columns", how="any")
+    table["time"] = 1 / table["train_images_per_second"]
+    points = table[["nats_per_token", *COSTS[:2], "time"]].dropna(axis="columns", how="any")
+    table = table.drop(columns=["time", "training_flops", "seconds"])
     table.insert(2, "pareto", ["yes" if mark else "" for mark in stats.pareto(points.to_numpy(float).tolist())])
     table.insert(3, "against_baseline", _gains(table, own))
     return table
@@ -354,7 +358,7 @@ def tuning(runs: pd.DataFrame) -> pd.DataFrame:
             rows.append({
                 "setting": first["setting"], "context": first["context"], "lr": lr, "runs": len(tries),
                 "rates_tried": cell["lr"].nunique(), "failed": int((tries["status"] != "ok").sum()),
-                "validation_nats_per_token": tries["validation_nats_per_token"].mean(),
+                "validation": tries["validation"].mean(),
                 "chosen": "yes" if bool(first["chosen"]) else "",
             })  # fmt: skip
     return pd.DataFrame(rows)

@@ -25,6 +25,17 @@ CLAIMS = ("C1", "C2", "C3", "C4", "C5", "S1", "S2")
 VERDICTS = ("supported", "refuted", "undecided", "misstated")
 CSV = ("claim", "verdict", "effect", "low", "high", "rule")
 
+EQUAL = 0.05
+"""Budgets are equal that differ by no more than this share: steps are whole numbers."""
+EQUALLY = {"flops": "training_flops", "seconds": "seconds", "bytes": "train_peak_bytes"}
+FREE: dict[str, set[str]] = {
+    "steps": set(),
+    "flops": {"train.steps", "train.warmup"},
+    "seconds": {"train.steps", "train.warmup"},
+    "bytes": {"model.dim"},
+}
+"""What a budget leaves free to differ."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -215,7 +226,7 @@ Kind = Callable[[pd.DataFrame, Rule, Pair], tuple[pd.DataFrame, tuple[str, ...]]
 def contrast(runs: pd.DataFrame, rule: Rule, pair: Pair) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """These minus those (of logarithms, for a ratio), paired by seed, and by test image where the figure allows it."""
     these, those = frame.select(runs, rule.where, pair.these), frame.select(runs, rule.where, pair.those or {})
-    couples = _couples(these, those, pair)
+    couples = _couples(these, those, rule, pair)
     if not couples:
         absent = [shown(name) for name, some in ((pair.these, these), (pair.those or {}, those)) if some.empty]
         raise NotRun(f"not run: {' and '.join(absent)}" if absent else "run under different settings or seeds only")
@@ -232,21 +243,31 @@ def contrast(runs: pd.DataFrame, rule: Rule, pair: Pair) -> tuple[pd.DataFrame, 
     return values, tuple(id for a, b in couples for id in (a.id, b.id))
 
 
-def _couples(these: pd.DataFrame, those: pd.DataFrame, pair: Pair) -> list[tuple[Any, Any]]:
+def _couples(these: pd.DataFrame, those: pd.DataFrame, rule: Rule, pair: Pair) -> list[tuple[Any, Any]]:
     """Runs of the same seed in the same context; of several contexts, the one with most seeds, then most steps."""
-    without = {*pair.these, *(pair.those or {})} - {"variant"}
-    other: dict[tuple[str, float], Any] = {}
+    without = {*pair.these, *(pair.those or {}), *FREE[rule.equal]} - {"variant"}
+    others: dict[tuple[str, float], list[Any]] = {}
     for row in frame.rows(those):
-        other[frame.context_key(row.record, without), row.seed] = row
+        others.setdefault((frame.context_key(row.record, without), row.seed), []).append(row)
     contexts: dict[str, list[tuple[Any, Any]]] = {}
     for row in frame.rows(these):
         key = frame.context_key(row.record, without)
-        if (key, row.seed) in other and other[key, row.seed].id != row.id:
-            contexts.setdefault(key, []).append((row, other[key, row.seed]))
+        partners = [other for other in others.get((key, row.seed), []) if other.id != row.id]
+        partner = min(partners, key=lambda other: _unlike(row, other, rule), default=None)
+        if partner is not None and _unlike(row, partner, rule) <= EQUAL:
+            contexts.setdefault(key if rule.equal == "steps" else f"{key}{row.steps}", []).append((row, partner))
     if not contexts:
         return []
     best = max(contexts.values(), key=lambda rows: (len(rows), rows[0][0].steps, rows[0][0].tokens))
     return list({row.seed: (row, match) for row, match in best}.values())
+
+
+def _unlike(row: Any, other: Any, rule: Rule) -> float:
+    """By how much the two differ in what must be equal, as a share; 0 where the context says it all."""
+    if rule.equal == "steps":
+        return 0.0
+    left, right = getattr(row, EQUALLY[rule.equal]), getattr(other, EQUALLY[rule.equal])
+    return abs(left - right) / max(left, right) if left > 0 and right > 0 else math.inf
 
 
 def _images(a: Any, b: Any) -> np.ndarray | None:

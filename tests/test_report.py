@@ -26,7 +26,7 @@ PNG = bytes.fromhex(
 class Page(html.parser.HTMLParser):
     """What a test asks of a page: its ids, its links, its text, and that every element is closed."""
 
-    VOID = {"meta", "link", "img", "input", "br", "hr"}
+    VOID = frozenset({"meta", "link", "img", "input", "br", "hr"})
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,0 +1,81 @@
+"""Tables of what was done with trained models afterwards: cut (surgery), moved to another side (transfer), looked into.
+
+These lie beside the runs, in folders of their own, so that nothing takes a cut model for one that was trained that way.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from attnbench import record
+from attnbench.frame import number, part
+
+
+def surgery(results: Path) -> pd.DataFrame:
+    """C4: what a trained model loses under a mask it was not trained with; ± over its test images."""
+    rows = []
+    for done in record.read_all(results / "surgery")[0]:
+        told = part(done, "surgery")
+        rows.append({
+            "mask": done.get("variant"), "reach": number(told.get("value")), "weights_of": told.get("source"),
+            "fine_tuned_steps": number(told.get("finetune")),
+            "nats_per_token": number(part(done, "metrics").get("nats_per_token")),
+            "cost_nats_per_token": number(told.get("cost_nats_per_token")),
+            "cost_nats_per_token_low": number(told.get("cost_low")),
+            "cost_nats_per_token_high": number(told.get("cost_high")),
+        })  # fmt: skip
+    return _sorted(rows, ["weights_of", "mask", "fine_tuned_steps", "reach"])
+
+
+def transfer(results: Path) -> pd.DataFrame:
+    """C3: a trained model's likelihood at other sides."""
+    rows = []
+    for done in record.read_all(results / "transfer")[0]:
+        told, data, metrics = part(done, "transfer"), part(done, "data"), part(done, "metrics")
+        rows.append({
+            "setting": done.get("variant"), "weights_of": told.get("source"),
+            "trained_at": f"{told.get('trained_height')}×{told.get('trained_width')}",
+            "tokens": (number(data.get("height")) or 0) * (number(data.get("width")) or 0) or None,
+            "side": f"{data.get('height')}×{data.get('width')}",
+            "tables": "interpolated" if told.get("interpolated") else "carried over",
+            "nats_per_token": number(metrics.get("nats_per_token")),
+        })  # fmt: skip
+    return _sorted(rows, ["setting", "weights_of", "tokens"])
+
+
+def attention(results: Path) -> pd.DataFrame:
+    """C2, C4: where trained models look, by layer: the mean 2D distance, and the share of attention within radius R."""
+    rows = []
+    for path in sorted((results / "artifacts").glob("*/attention_map.json")):
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            rows += _layers(told)
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+            continue  # not what attention_map writes; the table then lacks it
+    return pd.DataFrame(rows)
+
+
+def _layers(told: dict[str, Any]) -> list[dict[str, Any]]:
+    found = told["attention"]
+    return [
+        {
+            "setting": str(told["variant"]), "run": str(told["id"]), "layer": layer + 1,
+            "mean_distance": _mean(found["mean_distance"][layer]),
+            "mean_distance_if_uniform": number(found["uniform_mean_distance"][layer]),
+        }
+        | {f"share_within_{radius}": _mean(share[layer]) for radius, share in found["within"].items()}
+        for layer in range(len(found["mean_distance"]))
+    ]  # fmt: skip
+
+
+def _mean(heads: Any) -> float | None:
+    values = [value for value in (number(head) for head in heads) if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _sorted(rows: list[dict[str, Any]], by: list[str]) -> pd.DataFrame:
+    return pd.DataFrame(rows).sort_values(by, ignore_index=True) if rows else pd.DataFrame()

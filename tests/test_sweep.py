@@ -1,0 +1,277 @@
+"""A sweep runs every cell once, in a process of its own, tunes with equal tries, and records what fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from attnbench import budget, cli, record, schedule, suite, sweep
+from attnbench.config import RunConfig
+from attnbench.suite import Cell
+from tests import synthetic_records as synthetic
+
+TINY = {"model": {"dim": 16, "depth": 1, "heads": 2}, "train": {"steps": 2, "batch": 4},
+        "evaluate": {"images": 8}, "probe": {"enabled": False}, "sample": {"count": 0}, "measure": False}  # fmt: skip
+KNOWN = {"dense1d": "dense", "local2d": "local"}
+
+
+def written(folder: Path, **told: Any) -> str:
+    block = {"name": "a", "variants": ["dense1d"], "seeds": 2, "settings": TINY}
+    path = folder / "own.yaml"
+    path.write_text(yaml.safe_dump({"question": "?", "blocks": [block | told]}), encoding="utf-8")
+    return str(path)
+
+
+def swept(name: str, out: Path, *flags: str) -> int:
+    return cli.command(sweep.main)([name, "--out", str(out), "--device", "cpu", *flags])
+
+
+def test_a_sweep_runs_every_cell_and_the_next_one_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(sweep, "draw_fields", lambda out, names: None)
+    name, out = written(tmp_path), tmp_path / "out"
+    assert swept(name, out) == 0
+    records, problems = record.read_all(out)
+    assert [(done["status"], done["seed"]) for done in records] == [("ok", 0), ("ok", 1)]
+    assert problems == []
+    assert (out / "report" / "index.html").exists()
+    assert "time left" in capsys.readouterr().out
+    declared = json.loads(next((out / "suites").glob("own-*.json")).read_text(encoding="utf-8"))
+    assert suite.Suite.model_validate(declared["suite"]) == suite.load(name)
+
+    def never(cell: Cell, watch: sweep.Progress) -> sweep.Outcome:
+        raise AssertionError("a cell that is done ran again")
+
+    monkeypatch.setattr(sweep, "run_cell", never)
+    assert swept(name, out) == 0
+
+
+def test_a_cell_that_cannot_run_is_recorded_and_the_sweep_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(sweep, "draw_fields", lambda out, names: None)
+    name = written(tmp_path, seeds=1, grid={"model.options.colour": ["red"], "data.name": ["digits"]})
+    assert swept(name, tmp_path / "out") == 1
+    (done,) = record.read_all(tmp_path / "out")[0]
+    assert done["status"] == "crash"
+    assert "colour" in done["reason"]
+    assert "1 failed; --retry runs them again" in capsys.readouterr().out
+    assert "colour" in (tmp_path / "out" / "report" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("signal", "said"), [(9, "killed by signal 9"), (11, "killed by signal 11")])
+def test_a_killed_cell_gets_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal: int, said: str) -> None:
+    stand_in(monkeypatch, f"import os; print('train 7', flush=True); os.kill(os.getpid(), {signal})")
+    outcome = sweep.run_cell(cell(tmp_path))
+    assert (outcome.status, outcome.tail) == ("crash", ("train 7",))
+    (done,) = record.read_all(tmp_path)[0]
+    assert done["reason"] == said
+    assert done["tail"] == ["train 7"]
+
+
+def test_a_cell_that_ends_without_a_record_keeps_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, "raise SystemExit('no luck')")
+    outcome = sweep.run_cell(cell(tmp_path))
+    assert outcome.status == "crash"
+    assert record.read_all(tmp_path)[0][0]["reason"] == "no luck"
+
+
+def test_a_retried_cell_that_crashes_again_is_not_taken_for_the_old_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = cell(tmp_path)
+    told = synthetic.one("dense1d", status="oom") | {"id": record.identify(one.config)}
+    record.write(tmp_path, told)
+    stand_in(monkeypatch, "raise SystemExit('another end')")
+    assert sweep.run_cell(one).status == "crash"
+    assert record.read_all(tmp_path)[0][0]["reason"] == "another end"
+
+
+def test_a_cells_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, "print('train 1'); print('probe 0'); raise SystemExit(3)")
+    lines: list[str] = []
+    sweep.run_cell(cell(tmp_path), lambda one, line: lines.append(line))
+    assert lines == ["train 1", "probe 0"]
+
+
+def cell(out: Path, seed: int = 0) -> Cell:
+    config = RunConfig.model_validate(TINY | {"variant": "dense1d", "seed": seed, "out": out, "device": "cpu"})
+    return Cell(config=config, block="a", key="a/dense1d/")
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    """Another program in place of the cell's own."""
+    real = subprocess.Popen
+
+    def popen(command: list[str], **settings: Any) -> Any:
+        if command[1:] == ["-m", "attnbench.cell"]:
+            command = [sys.executable, "-c", program]
+        return real(command, **settings)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+
+
+class Ledger:
+    """Records by id, as a schedule asks for them; a run is a stroke of the pen."""
+
+    def __init__(self, loss: dict[float, float]) -> None:
+        self.loss = loss
+        self.done: dict[str, dict[str, Any]] = {}
+
+    def run(self, cells: Iterable[Cell]) -> list[tuple[int, float]]:
+        ran = []
+        for one in cells:
+            value = self.loss[one.config.train.lr]
+            status = "ok" if value < 9 else "nan"
+            metrics = {"validation_nats_per_token": value} if status == "ok" else {}
+            self.done[record.identify(one.config)] = {"status": status, "metrics": metrics}
+            ran.append((one.config.seed, one.config.train.lr))
+        return ran
+
+
+def test_tuning_tries_every_rate_equally_and_repeats_the_best(tmp_path: Path) -> None:
+    whole = suite.load(written(tmp_path, seeds=4, variants=["dense1d", "local2d"], tune={"lr": [1e-3, 1e-2, 0.1]}))
+    cells = suite.cells(whole, KNOWN, RunConfig(device="cpu"))
+    ledger = Ledger({1e-3: 1.5, 1e-2: 1.3, 0.1: 99.0})
+
+    def stand() -> schedule.Schedule:
+        return schedule.schedule(whole, cells, ledger.done.get, lambda run, limit: run)
+
+    first = stand()
+    assert (len(first.ready), first.waiting, first.total) == (6, 6, 12)
+    assert Counter(ledger.run(first.ready)) == {(0, 1e-3): 2, (0, 1e-2): 2, (0, 0.1): 2}
+    second = stand()
+    assert sorted(ledger.run(second.ready)) == [(s, 1e-2) for s in (1, 1, 2, 2, 3, 3)]
+    last = stand()
+    assert (len(last.ready), last.waiting, len(last.done)) == (0, 0, 12)
+
+
+def test_cells_that_blocks_share_are_one_run(tmp_path: Path) -> None:
+    block = {"variants": ["dense1d"], "seeds": 2, "settings": TINY}
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump({"question": "?", "blocks": [block | {"name": "a"}, block | {"name": "b"}]}))
+    whole = suite.load(str(path))
+    cells = suite.cells(whole, KNOWN, RunConfig(device="cpu"))
+    found = schedule.schedule(whole, cells, lambda name: None, lambda run, limit: run)
+    assert (len(cells), len(found.ready), found.total) == (4, 2, 2)
+
+
+def test_where_every_rate_fails_nothing_is_repeated(tmp_path: Path) -> None:
+    whole = suite.load(written(tmp_path, seeds=3, tune={"lr": [1e-2, 0.1]}))
+    cells = suite.cells(whole, KNOWN, RunConfig(device="cpu"))
+    ledger = Ledger({1e-2: 99.0, 0.1: 99.0})
+    ledger.run(schedule.schedule(whole, cells, ledger.done.get, lambda run, limit: run).ready)
+    last = schedule.schedule(whole, cells, ledger.done.get, lambda run, limit: run)
+    assert (last.ready, last.waiting) == ((), 0)
+
+
+def test_failed_cells_are_told_from_those_that_are_done(tmp_path: Path) -> None:
+    whole = suite.load(written(tmp_path, seeds=3))
+    cells = suite.cells(whole, KNOWN, RunConfig(device="cpu"))
+    statuses = dict(zip((record.identify(c.config) for c in cells), ("ok", "oom", "nan"), strict=True))
+    found = schedule.schedule(whole, cells, lambda name: {"status": statuses[name]}, lambda run, limit: run)
+    assert (len(found.done), len(found.failed), len(found.ready)) == (2, 1, 0)
+
+
+def test_equal_flops_become_steps(tmp_path: Path) -> None:
+    config = cell(tmp_path).config
+    cost = budget.flops_per_image(config)
+    assert cost > 0
+    fitted = budget.fit(config, suite.Budget(flops=cost * 4 * 60), tmp_path)
+    assert fitted is not None
+    assert (fitted.train.steps, fitted.train.warmup) == (60, 5)
+
+
+def test_equal_seconds_wait_for_a_measured_throughput(tmp_path: Path) -> None:
+    done = synthetic.one("dense1d", steps=1, cost=True)
+    config = RunConfig.model_validate(done["config"] | {"seed": 3})
+    limit = suite.Budget(seconds=10)
+    assert budget.fit(config, limit, tmp_path) is None
+    synthetic.write(tmp_path, [done])
+    fitted = budget.fit(config, limit, tmp_path)
+    speed = done["metrics"]["train_images_per_second"]
+    assert fitted is not None and fitted.train.steps == round(10 * speed / 32)
+    other = config.model_copy(update={"variant": "local2d"})
+    assert budget.fit(other, limit, tmp_path) is None, "another variant's throughput says nothing"
+
+
+def test_equal_bytes_become_the_widest_model_that_fits(tmp_path: Path) -> None:
+    config = cell(tmp_path).config
+    fitted = budget.fit(config, suite.Budget(bytes=1000), tmp_path, peak=lambda run: run.model.dim * 10)
+    assert fitted is not None and fitted.model.dim == 100
+    assert fitted.model.dim % config.model.heads == 0
+    narrow = budget.fit(config, suite.Budget(bytes=1), tmp_path, peak=lambda run: run.model.dim * 10)
+    assert narrow is not None and narrow.model.dim == 4
+
+
+def test_another_engine_is_a_function_over_cells(tmp_path: Path) -> None:
+    """What the local engine promises to any: each cell once, outcomes as they come."""
+    seen: list[int] = []
+
+    def run_one(one: Cell) -> sweep.Outcome:
+        seen.append(one.config.seed)
+        return sweep.Outcome(one, "ok", 0.0)
+
+    def backwards(cells: Iterable[Cell], run: sweep.RunOne) -> Iterator[sweep.Outcome]:
+        return (run(one) for one in reversed(list(cells)))
+
+    engines: list[sweep.Engine] = [sweep.local(1), sweep.local(3), backwards]
+    for engine in engines:
+        seen.clear()
+        outcomes = list(engine([cell(tmp_path, seed) for seed in range(5)], run_one))
+        assert sorted(seen) == [0, 1, 2, 3, 4]
+        assert {outcome.status for outcome in outcomes} == {"ok"}
+
+
+def test_declaring_twice_keeps_the_first_time(tmp_path: Path) -> None:
+    whole = suite.load(written(tmp_path))
+    path = sweep.declare(whole, tmp_path / "out")
+    before = path.read_bytes()
+    assert sweep.declare(whole, tmp_path / "out") == path
+    assert path.read_bytes() == before
+    changed = whole.model_copy(update={"question": "another?"})
+    assert sweep.declare(changed, tmp_path / "out") != path
+
+
+def test_the_board_counts_and_estimates() -> None:
+    board = sweep.Board("t", jobs=2, done=3, failed=0, total=13)
+    assert board.left is None
+    board.watch(cell(Path("x")), "train 5")
+    board.end(sweep.Outcome(cell(Path("x")), "ok", 10.0))
+    board.end(sweep.Outcome(cell(Path("x"), 1), "oom", 20.0))
+    assert (board.done, board.failed, board.running) == (4, 1, {})
+    assert board.left == pytest.approx(8 * 15 / 2)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["quik"], ["quick", "--jobs", "0"], ["quick", "--engine", "magic"], [], ["quick", "--oops"]]
+)
+def test_bad_input_is_refused_in_one_line(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.command(sweep.main)(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_unwritable_folder_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert swept("quick", tmp_path / "file" / "out") == 2
+    assert capsys.readouterr().err.count("\n") == 1
