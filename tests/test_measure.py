@@ -77,7 +77,7 @@ def test_rates_of_a_known_duration() -> None:
     timing = measure.rates(lambda: time.sleep(0.02), images=10, budget=0.5)
     assert timing.low <= timing.median <= timing.high <= 500
     assert timing.median == pytest.approx(500, rel=0.2)
-    assert 10 <= timing.n <= 25
+    assert 3 <= timing.n <= 25  # 25 fit the budget on a quiet machine; three are taken on any
 
 
 def test_warm_up_is_not_timed() -> None:
