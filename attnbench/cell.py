@@ -14,9 +14,12 @@ from attnbench.errors import Refusal
 SECONDS = 1.0
 """Between two lines of progress."""
 
+STOPPED = 130
+"""Exit status of a cell that was told to stop (SIGINT)."""
+
 
 def main() -> int:
-    """0: a finished record; 1: a record of a failure; 2: refused, with the reason on stderr and no record."""
+    """0: a finished record; 1: a record of a failure; 2: refused, with the reason on stderr; 130: stopped."""
     from attnbench import experiment, record
 
     config = RunConfig.model_validate_json(sys.stdin.read())
@@ -32,6 +35,8 @@ def main() -> int:
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # training has saved a checkpoint; the same cell resumes
+        return STOPPED
     print(path)
     return 0 if record.read(path)["status"] == "ok" else 1
 

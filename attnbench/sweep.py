@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -31,6 +32,9 @@ from attnbench.suite import Cell, Suite
 
 TAIL = 20
 """Last lines of a cell's output that are kept."""
+
+_live: set[subprocess.Popen[str]] = set()
+_stopping = threading.Event()
 
 
 class SweepConfig(Settings):
@@ -72,7 +76,10 @@ Engine = Callable[[Iterable[Cell], RunOne], Iterator[Outcome]]
 
 
 def run_cell(cell: Cell, watch: Progress = lambda cell, line: None) -> Outcome:
-    """Runs one cell in a process of its own; afterwards a record stands in out/runs, whatever happened."""
+    """Runs one cell in a process of its own; afterwards a record stands in out/runs, whatever happened.
+
+    But for a cell that was told to stop: it leaves its checkpoint and no record, and resumes the next time.
+    """
     from attnbench import record
 
     began = time.monotonic()
@@ -83,6 +90,7 @@ def run_cell(cell: Cell, watch: Progress = lambda cell, line: None) -> Outcome:
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as child:
         assert child.stdin is not None and child.stdout is not None
+        _live.add(child)
         try:
             child.stdin.write(cell.config.model_dump_json())
             child.stdin.close()
@@ -91,9 +99,10 @@ def run_cell(cell: Cell, watch: Progress = lambda cell, line: None) -> Outcome:
                 watch(cell, line.strip())
         except BrokenPipeError:
             pass
-        except BaseException:
-            child.terminate()
-            raise
+        finally:
+            _live.discard(child)
+    if _stopping.is_set() or child.returncode in (STOPPED, -signal.SIGINT):
+        return Outcome(cell, "stopped", time.monotonic() - began, tuple(tail))
     ended = child.returncode in (0, 1) and bool(tail) and tail[-1].endswith(f"{name}.json")
     done = record.find(cell.config.out, name) if ended else None
     if done is None:
@@ -134,7 +143,7 @@ def local(jobs: int) -> Engine:
                 for future in as_completed(futures):
                     yield future.result()
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                _stop(pool)
                 raise
 
     return engine
@@ -156,6 +165,16 @@ def _engine(config: SweepConfig) -> Engine:
     if config.engine == "slurm":
         return engines.slurm(config.jobs, gpus, config.out / "slurm", config.slurm, give_up)
     return local(config.jobs)
+
+
+def _stop(pool: ThreadPoolExecutor) -> None:
+    """Lets no further cell start and tells the running ones to save a checkpoint and end; waits for them."""
+    _stopping.set()
+    pool.shutdown(wait=False, cancel_futures=True)
+    for child in list(_live):
+        child.send_signal(signal.SIGINT)
+    pool.shutdown(wait=True)
+    _stopping.clear()
 
 
 def declare(whole: Suite, out: Path) -> Path:
@@ -198,7 +217,7 @@ class Board:
             self.seconds.append(outcome.seconds)
             if outcome.status in ("ok", "nan"):
                 self.done += 1
-            else:
+            elif outcome.status != "stopped":
                 self.failed += 1
 
     @property
@@ -259,6 +278,9 @@ def main(argv: list[str] | None = None) -> int:
     def stand() -> schedule.Schedule:
         return schedule.schedule(whole, cells, find, lambda run, limit: budget.fit(run, limit, config.out))
 
+    # A terminated sweep stops as an interrupted one does: its cells must not outlive it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     now = stand()
     board = Board(f"{whole.name}: {whole.question}", config.jobs, len(now.done), len(now.failed), now.total)
     if config.list:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnbench import measure
+from attnbench import clock, measure
 from attnbench.config import ModelConfig, RunConfig, TrainConfig
 
 MEGABYTE = 2**20
@@ -110,7 +110,7 @@ def test_nothing_is_collected_while_timing() -> None:
 
 
 def test_stopwatch() -> None:
-    watch = measure.Stopwatch()
+    watch = clock.Stopwatch()
     time.sleep(0.02)
     assert 0.02 <= watch.seconds < 5
 
@@ -161,7 +161,7 @@ class Slow(nn.Module):
 
 
 def test_decoding_that_takes_too_long_is_given_up() -> None:
-    watch = measure.Stopwatch()
+    watch = clock.Stopwatch()
     assert measure._sampling(Slow(), request_for(), budget=0.002) == dict.fromkeys(
         ["sample_images_per_second", "state_bytes_per_image"]
     )

@@ -20,10 +20,28 @@ import attnbench.run
 from attnbench import cli, experiment, record
 from attnbench.config import RunConfig
 
-TINY = (
-    "--train.steps 6 --train.batch 8 --train.validate-every 3 --train.warmup 2 --model.dim 16 --model.depth 2 "
-    "--model.heads 2 --sample.count 2 --evaluate.images 128 --probe.images 400"
-).split()
+TINY = [
+    "--train.steps",
+    "6",
+    "--train.batch",
+    "8",
+    "--train.validate-every",
+    "3",
+    "--train.warmup",
+    "2",
+    "--model.dim",
+    "16",
+    "--model.depth",
+    "2",
+    "--model.heads",
+    "2",
+    "--sample.count",
+    "2",
+    "--evaluate.images",
+    "128",
+    "--probe.images",
+    "400",
+]
 FIRST = ("dense1d", "dense-none", "dense2d", "local1d", "local2d", "linear")
 
 
@@ -134,9 +152,7 @@ BAD = {
 }
 
 
-def refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> str:
+def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line that the command leaves on stderr; its exit status is 2."""
     monkeypatch.chdir(folder)
     assert cli.command(attnbench.run.main)([*TINY, *arguments]) == 2

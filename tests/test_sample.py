@@ -20,7 +20,7 @@ from attnbench.errors import Refusal
 @pytest.mark.parametrize("scan", ["raster", "column", "hilbert"])
 def test_the_first_pixels_along_the_scan_are_kept(scan: str) -> None:
     torch.manual_seed(0)
-    model = models.build("dense1d", height=4, width=6, vocab=5, dim=16, depth=1, heads=2, scan=scan)
+    model: Any = models.build("dense1d", height=4, width=6, vocab=5, dim=16, depth=1, heads=2, scan=scan)
     known = torch.randint(5, (3, 4, 6))
     drawn = draw(model, 3, torch.Generator().manual_seed(1), known=known, share=0.5)
     first = torch.zeros(24, dtype=torch.bool)
@@ -31,7 +31,7 @@ def test_the_first_pixels_along_the_scan_are_kept(scan: str) -> None:
 
 def test_the_same_generator_draws_the_same_pictures() -> None:
     torch.manual_seed(0)
-    model = models.build("local2d", height=3, width=5, vocab=4, dim=16, depth=1, heads=2)
+    model: Any = models.build("local2d", height=3, width=5, vocab=4, dim=16, depth=1, heads=2)
     pictures = [draw(model, 2, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(pictures[0], pictures[1])
     assert not torch.equal(pictures[0], pictures[2])

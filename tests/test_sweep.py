@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -71,9 +73,9 @@ def test_a_cell_that_cannot_run_is_recorded_and_the_sweep_goes_on(
     assert "colour" in (tmp_path / "out" / "report" / "index.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("signal", "said"), [(9, "killed by signal 9"), (11, "killed by signal 11")])
-def test_a_killed_cell_gets_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal: int, said: str) -> None:
-    stand_in(monkeypatch, f"import os; print('train 7', flush=True); os.kill(os.getpid(), {signal})")
+@pytest.mark.parametrize(("number", "said"), [(9, "killed by signal 9"), (11, "killed by signal 11")])
+def test_a_killed_cell_gets_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str) -> None:
+    stand_in(monkeypatch, f"import os; print('train 7', flush=True); os.kill(os.getpid(), {number})")
     outcome = sweep.run_cell(cell(tmp_path))
     assert (outcome.status, outcome.tail) == ("crash", ("train 7",))
     (done,) = record.read_all(tmp_path)[0]
@@ -106,6 +108,33 @@ def test_a_cells_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     lines: list[str] = []
     sweep.run_cell(cell(tmp_path), lambda one, line: lines.append(line))
     assert lines == ["train 1", "probe 0"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the children")
+@pytest.mark.parametrize("signalled", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_is_told_to_stop_leaves_no_record_and_no_process(tmp_path: Path, signalled: int) -> None:
+    """The cell saves its checkpoint and ends with its sweep; the next sweep resumes it."""
+    steps = {"train": {"steps": 100_000, "batch": 4, "checkpoint_every": 10}}
+    name, out = written(tmp_path, seeds=1, settings=TINY | steps), tmp_path / "out"
+    command = [sys.executable, "-m", "attnbench.sweep", name, "--out", str(out), "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
+        deadline = time.monotonic() + 120
+        while not list(out.glob("checkpoints/*/*.safetensors")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        cells = children(child.pid)
+        child.send_signal(signalled)
+        _, said = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "the same command resumes" in said
+    assert cells and not any(Path(f"/proc/{pid}").exists() for pid in cells)
+    assert record.read_all(out) == ([], [])
+    assert list(out.glob("checkpoints/*/*.safetensors"))
+
+
+def children(pid: int) -> list[int]:
+    """Processes started by a process, by Linux's own list."""
+    return [int(word) for path in Path(f"/proc/{pid}/task").glob("*/children") for word in path.read_text().split()]
 
 
 def cell(out: Path, seed: int = 0) -> Cell:
