@@ -60,9 +60,10 @@ def _lines(config: ScaleConfig) -> Iterator[str]:
     yield ""
     yield "- One image a GPU and step, bfloat16 autocast, parameters and Adam's moments in float32."
     yield "- GB: of each GPU at the peak of a step, without / with `--train.recompute`; in bold what fits into"
-    yield f"  {config.memory:g} GB. The attention is the one that a CPU would pick; a GPU's kernels keep somewhat less or more."
+    yield f"  {config.memory:g} GB. The attention is the one that a CPU picks; a GPU's kernels keep more or less."
     yield "- ddp: everything on each GPU. fsdp: parameters, gradients and moments shared out, one block of them whole."
-    yield f"- hours: wall-clock of one epoch of {config.images:,} images at {config.used:.0%} of {config.teraflops:g} TFLOP/s"
+    speed = f"{config.used:.0%} of {config.teraflops:g} TFLOP/s"
+    yield f"- hours: wall-clock of one epoch of {config.images:,} images at {speed}"
     yield "  a GPU; without communication, and without recomputation, which adds a forward pass (up to a third)."
     for preset in config.presets:
         yield ""
