@@ -7,6 +7,7 @@ gets one that says so: a failure is a result too.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import signal
@@ -27,6 +28,7 @@ import tyro
 from pydantic import Field, PositiveInt
 
 from attnbench import cli, engines, storage
+from attnbench.cell import STOPPED
 from attnbench.config import RunConfig, Scalar, Settings
 from attnbench.suite import Cell, Suite
 
@@ -92,13 +94,12 @@ def run_cell(cell: Cell, watch: Progress = lambda cell, line: None) -> Outcome:
         assert child.stdin is not None and child.stdout is not None
         _live.add(child)
         try:
-            child.stdin.write(cell.config.model_dump_json())
-            child.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it died before it listened; what it said is still there
+                child.stdin.write(cell.config.model_dump_json())
+                child.stdin.close()
             for line in child.stdout:
                 tail.append(line.rstrip())
                 watch(cell, line.strip())
-        except BrokenPipeError:
-            pass
         finally:
             _live.discard(child)
     if _stopping.is_set() or child.returncode in (STOPPED, -signal.SIGINT):
@@ -278,9 +279,11 @@ def main(argv: list[str] | None = None) -> int:
     def stand() -> schedule.Schedule:
         return schedule.schedule(whole, cells, find, lambda run, limit: budget.fit(run, limit, config.out))
 
-    # A terminated sweep stops as an interrupted one does: its cells must not outlive it.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if threading.current_thread() is threading.main_thread():
+        # A terminated sweep stops as an interrupted one does: its cells must not outlive it. A shell's background jobs
+        # ignore SIGINT unless told otherwise.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     now = stand()
     board = Board(f"{whole.name}: {whole.question}", config.jobs, len(now.done), len(now.failed), now.total)
     if config.list:

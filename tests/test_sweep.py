@@ -111,7 +111,7 @@ def test_a_cells_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the children")
-@pytest.mark.parametrize("signalled", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signalled", [pytest.param(signal.SIGINT, marks=pytest.mark.soak), signal.SIGTERM])
 def test_a_sweep_that_is_told_to_stop_leaves_no_record_and_no_process(tmp_path: Path, signalled: int) -> None:
     """The cell saves its checkpoint and ends with its sweep; the next sweep resumes it."""
     steps = {"train": {"steps": 100_000, "batch": 4, "checkpoint_every": 10}}
