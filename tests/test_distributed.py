@@ -144,6 +144,10 @@ def test_resumes_bit_for_bit_on_as_many_and_in_value_on_another_number(parallel:
         found = checkpoint.latest(folder / "checkpoints")
         assert found is not None and found.step == 7 and not (folder / "progress.json").exists()
     ranks.main([["fit", folders["more"], alone, 6]])
+    # A checkpoint of shares is that of one process, by name and shape, so that any number of processes reads it.
+    shares, one = (checkpoint.latest(folders[f] / "checkpoints") for f in ("fewer", "more"))
+    assert shares is not None and one is not None
+    assert {n: t.shape for n, t in shares.tensors.items()} == {n: t.shape for n, t in one.tensors.items()}
     torchrun([["fit", folders["again"], told], ["fit", folders["more"], told]], tmp_path / "second")
     ranks.main([["fit", folders["fewer"], alone]])
     equal(folders["whole"] / "weights.safetensors", folders["again"] / "weights.safetensors", rtol=0.0, atol=0.0)
@@ -151,15 +155,6 @@ def test_resumes_bit_for_bit_on_as_many_and_in_value_on_another_number(parallel:
         assert_close(curves(folders[other]), curves(folders["whole"]), **CLOSE)
         steps = json.loads((folders[other] / "progress.json").read_text())["curves"]["validation_steps"]
         assert steps == [2, 4, 6, 8, 10]
-
-
-def test_a_checkpoint_of_shares_is_the_checkpoint_of_one_process(tmp_path: Path) -> None:
-    """The same names and shapes, so that nothing but safetensors is ever read, and any number of processes reads it."""
-    torchrun([["fit", tmp_path / "fsdp", settings("dense1d", "fsdp"), 6]], tmp_path)
-    ranks.main([["fit", tmp_path / "none", settings("dense1d"), 6]])
-    shares, whole = (checkpoint.latest(tmp_path / p / "checkpoints") for p in ("fsdp", "none"))
-    assert shares is not None and whole is not None
-    assert {n: t.shape for n, t in shares.tensors.items()} == {n: t.shape for n, t in whole.tensors.items()}
 
 
 def test_ctrl_c_waits_for_the_end_of_the_step(tmp_path: Path) -> None:
