@@ -221,7 +221,7 @@ def run(*arguments: str | Path, **told: str) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.parametrize("parallel", MODES)
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
 def test_torchrun_leaves_one_record_that_tells_its_world(parallel: str, tmp_path: Path) -> None:
     out = run(
         "torch.distributed.run",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -316,6 +317,8 @@ def test_commit_and_dirt(tmp_path: Path) -> None:
 def test_command_tells_no_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--out", "/home/me/results", "--config=/home/me/a b.yaml", "--data", "folder:/home/me/cats", "--lr", "1/3"]
     monkeypatch.setattr(sys, "argv", ["/home/me/attnbench/run.py", *words])
+    # A worker of a test runner is no module that was run; a command is.
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", importlib.util.find_spec("attnbench.run"))
     command = record._command()
     assert "/home" not in command and command.startswith("python -m ")
     assert command.endswith("--out results '--config=a b.yaml' --data folder:cats --lr 1/3")
