@@ -235,7 +235,8 @@ def context(record: Record) -> str:
     if not config:
         return "unknown"
     model, train = part(config, "model"), part(config, "train")
-    words = [f"{lookup(record, 'data')} {data.get('height', '?')}×{data.get('width', '?')}"]
+    side = part(config, "data").get("side") or "?"  # a run that failed early does not know more
+    words = [f"{lookup(record, 'data')} {data.get('height', side)}×{data.get('width', side)}"]
     words.append(
         f"{model.get('depth')} layers of {model.get('dim')}, {train.get('steps')} steps of {train.get('batch')}"
     )

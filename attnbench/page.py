@@ -249,7 +249,8 @@ def cards(found: Iterable[Verdict]) -> list[dict[str, Any]]:
             "claim": claim, "title": told[claim]["title"], "asks": told[claim]["asks"],
             "verdict": first.verdict if first else "undecided",
             "words": WORDS[first.verdict] if first else "No rule is declared for it.",
-            "statements": [_statement(verdict) for verdict in own],
+            "statements": [_statement(v) for v in own if v is first or v.effect is not None],
+            "open": [_statement(v) for v in own if v is not first and v.effect is None],
         })  # fmt: skip
     return cards
 

@@ -25,7 +25,7 @@ def one(
     seed: int = 0,
     *,
     side: int = 8,
-    steps: int = 150,
+    steps: int = 250,
     lr: float = 5e-3,
     status: str = "ok",
     cost: bool = False,
@@ -96,10 +96,10 @@ def write(out: Path, records: Sequence[dict[str, Any]]) -> Path:
 
 def study(seeds: int = 5) -> list[dict[str, Any]]:
     """What `sweep quick` leaves, with planted effects."""
-    quality = [one(v, s, steps=150) for v, s in itertools.product(EFFECTS, range(seeds))]
+    quality = [one(v, s, steps=250) for v, s in itertools.product(EFFECTS, range(seeds))]
     early = [one(v, s, steps=40) for v, s in itertools.product(EFFECTS, range(min(seeds, 3)))]
     cost = [
-        one(v, s, side=side, steps=1, cost=True)
+        one(v, s, side=side, steps=1, cost=True, data="source:above")
         for v, side, s in itertools.product(("dense1d", "local2d", "linear"), (8, 16, 32), range(min(seeds, 3)))
     ]
     return quality + early + cost

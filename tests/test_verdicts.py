@@ -63,7 +63,7 @@ def test_a_changed_number_changes_the_verdict() -> None:
     """Also where the figures by image still tell the old story: the two must agree to be used together."""
     changed = copy.deepcopy(STUDY)
     for done in changed:
-        if done["variant"] == "local2d" and done["config"]["train"]["steps"] == 150:
+        if done["variant"] == "local2d" and done["config"]["train"]["steps"] == 250:
             done["metrics"]["nats_per_token"] += 0.2
     assert judged(changed)["C4"]["verdict"] == "refuted"
 
@@ -71,7 +71,7 @@ def test_a_changed_number_changes_the_verdict() -> None:
 def test_changed_figures_by_image_change_the_verdict() -> None:
     changed = copy.deepcopy(STUDY)
     for done in changed:
-        if done["variant"] == "local2d" and done["config"]["train"]["steps"] == 150:
+        if done["variant"] == "local2d" and done["config"]["train"]["steps"] == 250:
             done["metrics"]["nats_per_token"] += 0.2
             done["per_image_nats"] = [value + 0.2 for value in done["per_image_nats"]]
     assert judged(changed)["C4"]["verdict"] == "refuted"
@@ -106,7 +106,7 @@ def test_one_seed_is_undecided() -> None:
 
 
 def test_runs_of_other_contexts_are_not_compared() -> None:
-    """dense1d at 150 steps, local2d at 150 steps of another width: nothing to pair."""
+    """dense1d at 250 steps, local2d at 250 steps of another width: nothing to pair."""
     records = [synthetic.one("dense1d", s) for s in range(3)]
     records += [synthetic.one("local2d", s, settings={"model": {"dim": 64}}) for s in range(3)]
     assert judged(records)["C4"]["verdict"] == "undecided"
@@ -172,7 +172,7 @@ def test_the_mean_over_pairs_is_the_effect() -> None:
 
 def test_a_peak_that_is_chosen_on_other_seeds_is_not_found_in_noise() -> None:
     """Flat probes with noise: taking the best layer of the same seed would always 'rise and fall'."""
-    records = copy.deepcopy([d for d in STUDY if d["variant"] == "dense1d" and d["config"]["train"]["steps"] == 150])
+    records = copy.deepcopy([d for d in STUDY if d["variant"] == "dense1d" and d["config"]["train"]["steps"] == 250])
     import numpy as np
 
     draw = np.random.default_rng(0)
