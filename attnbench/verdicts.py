@@ -99,7 +99,7 @@ def leading(found: Sequence[Verdict]) -> list[Verdict]:
 
 
 def table(found: Sequence[Verdict]) -> pd.DataFrame:
-    """verdicts.csv: one row a statement, columns CSV. Every claim has a row, undecided where nothing was declared or run;
+    """verdicts.csv: a row a statement, columns CSV. Every claim has one, undecided where nothing was declared or run;
     its further statements have one where something was run for them."""
     shown = (verdict for verdict in leading(found) if verdict.claim in CLAIMS or verdict.effect is not None)
     rows = {verdict.claim: _csv_row(verdict) for verdict in shown}
