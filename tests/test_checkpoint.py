@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,10 @@ def damaged(data: bytes, random: random.Random) -> bytes:
     return data[:place] + bytes([data[place] ^ (1 << random.randrange(8))]) + data[place + 1 :]
 
 
+@pytest.mark.promise("corruption")
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.soak)])
-def test_flips_and_truncations_are_found(tmp_path: Path, count: int) -> None:
+def test_flips_and_truncations_are_found(tmp_path: Path, count: int, injected: Callable[[int], None]) -> None:
+    injected(count)
     checkpoint.save(tmp_path, 200, example(), {"older": True})
     path = checkpoint.save(tmp_path, 400, example(), META)
     data = path.read_bytes()
@@ -140,6 +143,7 @@ class Bomb:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.promise("unpickled")
 @pytest.mark.parametrize("form", ["pickle", "torch"])
 def test_a_malicious_checkpoint_does_nothing(tmp_path: Path, form: str) -> None:
     """Even one whose name certifies its bytes is only ever read as safetensors."""
@@ -180,6 +184,7 @@ checkpoint.save(Path(sys.argv[1]), 400, {"weight": torch.ones(9)}, {})
 """
 
 
+@pytest.mark.promise("kill")
 @pytest.mark.parametrize("step", ["write", "rename", "done"])
 def test_a_kill_while_saving_leaves_the_older_or_the_newer(tmp_path: Path, step: str) -> None:
     """The steps that differ for a checkpoint; tests/test_storage.py has them all, without the cost of loading torch."""
@@ -191,6 +196,7 @@ def test_a_kill_while_saving_leaves_the_older_or_the_newer(tmp_path: Path, step:
     assert found is not None and found.step == (400 if step == "done" else 200)
 
 
+@pytest.mark.promise("disk")
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(tmp_path, 200, example(), {})
 

@@ -133,6 +133,7 @@ def test_no_two_processes_hide_equally_many_pixels() -> None:
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("resume")
 @pytest.mark.parametrize("parallel", MODES)
 def test_resumes_bit_for_bit_on_as_many_and_in_value_on_another_number(parallel: str, tmp_path: Path) -> None:
     """Ctrl-C comes to one process in the middle of step 7: all stop after it and the first leaves a checkpoint."""

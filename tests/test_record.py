@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,7 @@ record.write(Path(sys.argv[1]), {"id": "a", "status": "ok", "number": 2}, replac
 """
 
 
+@pytest.mark.promise("kill")
 @pytest.mark.parametrize("step", storage.STEPS)
 @pytest.mark.parametrize("time", [1, 2, 3])
 def test_a_kill_while_replacing_loses_neither(tmp_path: Path, step: str, time: int) -> None:
@@ -212,6 +214,7 @@ def test_an_unknown_status_is_a_mistake(tmp_path: Path) -> None:
         record.write(tmp_path, example(status="fine"))
 
 
+@pytest.mark.promise("disk")
 def test_read_only_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(Refusal, match="--out"):
@@ -230,8 +233,10 @@ def damaged(data: bytes, random: random.Random) -> bytes:
     return data[:place] + bytes([data[place] ^ (1 << random.randrange(8))]) + data[place + 1 :]
 
 
+@pytest.mark.promise("corruption")
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.soak)])
-def test_flips_and_truncations_are_found(tmp_path: Path, count: int) -> None:
+def test_flips_and_truncations_are_found(tmp_path: Path, count: int, injected: Callable[[int], None]) -> None:
+    injected(count)
     path = record.write(tmp_path, example())
     record.write(tmp_path, example("sound"))
     data = path.read_bytes()
@@ -247,9 +252,11 @@ def test_flips_and_truncations_are_found(tmp_path: Path, count: int) -> None:
     assert record.read(path)["status"] == "ok"
 
 
-def test_every_single_bit_counts(tmp_path: Path) -> None:
+@pytest.mark.promise("corruption")
+def test_every_single_bit_counts(tmp_path: Path, injected: Callable[[int], None]) -> None:
     path = record.write(tmp_path, {"id": "a", "status": "ok", "é": [1e-05, 0.30000000000000004]})
     data = path.read_bytes()
+    injected(len(data) * 8)
     for bit in range(len(data) * 8):
         path.write_bytes(data[: bit // 8] + bytes([data[bit // 8] ^ (1 << bit % 8)]) + data[bit // 8 + 1 :])
         with pytest.raises(record.Corrupt):

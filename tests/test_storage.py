@@ -110,6 +110,7 @@ def test_both_syncs_happen_and_in_time(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("old", [OLD, None])
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.promise("disk")
 @pytest.mark.parametrize("step", storage.STEPS)
 def test_exception_at_a_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException, old: bytes | None
@@ -124,6 +125,7 @@ def test_exception_at_a_step(
     assert hidden(tmp_path) == []
 
 
+@pytest.mark.promise("kill")
 @pytest.mark.parametrize("old", [OLD, None])
 @pytest.mark.parametrize("step", [*storage.STEPS, "half"])
 def test_sigkill_at_a_step(tmp_path: Path, step: str, old: bytes | None) -> None:
@@ -137,6 +139,7 @@ def test_sigkill_at_a_step(tmp_path: Path, step: str, old: bytes | None) -> None
     assert content(path) == OLD
 
 
+@pytest.mark.promise("kill")
 @pytest.mark.parametrize("step", [*storage.STEPS, "half"])
 def test_sigkill_while_claiming(tmp_path: Path, step: str) -> None:
     path = tmp_path / "claim"
@@ -159,8 +162,10 @@ def random_kill(path: Path, seed: int) -> None:
     assert int(lines[0]) - len(said) in (0, 1)  # it may have died between writing and saying so
 
 
+@pytest.mark.promise("kill")
 @pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.soak)])
-def test_sigkill_at_random(tmp_path: Path, count: int) -> None:
+def test_sigkill_at_random(tmp_path: Path, count: int, injected: Callable[[int], None]) -> None:
+    injected(count)
     for seed in range(count):
         random_kill(tmp_path / "file", seed)
 
@@ -205,6 +210,7 @@ def test_create_believes_the_link_count(tmp_path: Path, monkeypatch: pytest.Monk
 REFUSALS = [(errno.ENOSPC, "free some space"), (errno.EROFS, "may write to"), (errno.EACCES, "may write to")]
 
 
+@pytest.mark.promise("disk")
 @pytest.mark.parametrize("operation", ["write_bytes", "create_exclusive", "check_writable"])
 @pytest.mark.parametrize("call", ["open", "write", "fsync"])
 @pytest.mark.parametrize(("code", "way_out"), REFUSALS)
@@ -233,6 +239,7 @@ def test_check_writable_creates_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.promise("disk")
 @pytest.mark.parametrize("below", ["file", "file/folder", "file/folder/deeper", "dangling", "dangling/folder"])
 def test_a_file_where_a_folder_should_be(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_bytes(OLD)
@@ -245,6 +252,7 @@ def test_a_file_where_a_folder_should_be(tmp_path: Path, below: str) -> None:
     assert (tmp_path / "file").read_bytes() == OLD
 
 
+@pytest.mark.promise("disk")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 def test_a_file_system_that_takes_no_files() -> None:
     with pytest.raises(Refusal, match=re.escape("/proc/results")):

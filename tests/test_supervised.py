@@ -66,6 +66,7 @@ def test_it_learns_from_the_pictures_themselves(channels: int, tmp_path: Path) -
     assert scaled.shape == (40, channels, 4, 6) and -1 <= scaled.min() < scaled.max() <= 1
 
 
+@pytest.mark.promise("resume")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_resuming_is_bit_exact(accumulate: int, tmp_path: Path) -> None:
     config = settings(tmp_path)

@@ -48,6 +48,7 @@ def ar_variants() -> list[str]:
     return sorted(name for name, v in models.VARIANTS.items() if "ar" in v.objectives)
 
 
+@pytest.mark.promise("resume")
 @pytest.mark.parametrize("variant", ar_variants())
 def test_resuming_is_bit_exact(variant: str, tmp_path: Path) -> None:
     whole, _ = fit(config(variant), tmp_path / "whole")
@@ -75,6 +76,7 @@ def test_every_epoch_sees_every_image_once() -> None:
     assert order[:20].tolist() != order[20:].tolist()
 
 
+@pytest.mark.promise("resume")
 def test_order_depends_on_nothing_but_seed_and_step() -> None:
     code = "from attnbench import train; print(train.batch_indices(3, 5, 8, 20).tolist())"
     lines = {
