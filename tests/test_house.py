@@ -103,6 +103,45 @@ def unpickling(root: Path) -> list[str]:
     return found
 
 
+def writes_elsewhere(root: Path) -> list[str]:
+    """Files made, filled, renamed or deleted anywhere but in storage.py, through which every write goes."""
+    found = []
+    for _, path in sources(root, *PACKAGES):
+        calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
+        names = [(ast.unparse(call.func), call) for call in calls]
+        found += [
+            f"{path.name}:{call.lineno} calls {name}"
+            for name, call in names
+            if (WRITING.search(name) or (re.search(r"(^|\.)(open|fdopen)$", name) and _opens_to_write(call)))
+            and (path.name, name) not in OWN_WRITES
+        ]
+    return found
+
+
+WRITING = re.compile(
+    r"(?<!storage)\.(write_text|write_bytes|touch|mkdir|unlink|rmdir|symlink_to|hardlink_to)$|\bsave_file$"
+    r"|^os\.(replace|rename|renames|link|symlink|mkdir|makedirs|remove|removedirs|truncate|write)$|^np\.save"
+    r"|^shutil\.(copy|move|rmtree)|^tempfile\."
+)
+"""Calls that change a file system, whatever they are given."""
+OWN_WRITES = {
+    *(("storage.py", name) for name in ("os.open", "os.write", "os.replace", "os.link", "os.unlink")),
+    ("storage.py", "path.parent.mkdir"), ("storage.py", "path.unlink"),
+    # The compiler's cache is no result, and models knows no attnbench; it renames what it has built, too.
+    *(("compiler.py", name) for name in ("base.mkdir", "path.unlink", "os.replace", "tempfile.TemporaryDirectory")),
+    ("engines.py", "folder.mkdir"),  # submitit's own folder
+    ("measure.py", "Path('/proc/self/clear_refs').write_text"), ("measure.py", "os.fdopen"),  # the kernel, and stdout
+    ("cli.py", "os.open"),  # /dev/null
+}  # fmt: skip
+
+
+def _opens_to_write(call: ast.Call) -> bool:
+    """Whether a call of open has a mode, or flags, that can write; a mode that is no constant counts."""
+    told = [*call.args[:2], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+    modes = [a.value for a in told if isinstance(a, ast.Constant) and re.fullmatch(r"[rwaxbt+U]+", str(a.value))]
+    return any(re.search("[wax+]", str(mode)) for mode in modes) or "os.O_WRONLY" in ast.unparse(call)
+
+
 def long_files(root: Path) -> list[str]:
     """Files over 500 lines."""
     counts = [
@@ -195,8 +234,8 @@ def no_variant_named(root: Path) -> list[str]:
 
 
 RULES: list[Rule] = [
-    models_import_attnbench, no_variant_named, unpickling, long_files, long_functions, import_cycles, lumber_rooms,
-    slot_arithmetic, config_needs_torch, help_needs_torch,
+    models_import_attnbench, no_variant_named, unpickling, writes_elsewhere, long_files, long_functions, import_cycles,
+    lumber_rooms, slot_arithmetic, config_needs_torch, help_needs_torch,
 ]  # fmt: skip
 
 COMMAND = 'import sys\nfrom attnbench.cli import parse\nif __name__ == "__main__":\n    sys.exit(0)\n'
@@ -210,6 +249,10 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (unpickling, "models/load.py", "from torch import load\n"),
     (unpickling, "attnbench/load.py", "import torch\nx = torch.load('f')\n"),
     (unpickling, "attnbench/load.py", "import numpy as np\nx = np.load('f', allow_pickle=True)\n"),
+    (writes_elsewhere, "attnbench/report.py", "with open(path, 'w') as file:\n    file.write(page)\n"),
+    (writes_elsewhere, "attnbench/report.py", "Path(path).write_text(page)\n"),
+    (writes_elsewhere, "attnbench/report.py", "file = path.open(mode='ab')\n"),
+    (writes_elsewhere, "models/cache.py", "import os\nos.replace(a, b)\n"),
     (long_files, "tests/test_long.py", "x = 1\n" * 501),
     (long_functions, "models/long.py", "def f():\n" + "    x = 1\n" * 60),
     (import_cycles, "models/ring.py", "from . import geometry\n"),
