@@ -117,10 +117,11 @@ def _abandoned(entry: os.DirEntry[str]) -> bool:
     match = _STAGED.match(entry.name)
     if match is None or time.time() - entry.stat(follow_symlinks=False).st_mtime < STALE_SECONDS:
         return False
-    return match["host"] != _HOST or not _alive(int(match["pid"]))
+    return match["host"] != _HOST or not alive(int(match["pid"]))
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process of this machine runs (or is somebody else's)."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -200,7 +201,7 @@ def _refusing(path: Path) -> Iterator[None]:
 
 
 def _way_out(code: int | None) -> str:
-    if code in {errno.ENOSPC, errno.EDQUOT}:
+    if code in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return "free some space there or choose another folder with --out"
     if code in {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}:
         return "move what stands in the way or choose another folder with --out"
