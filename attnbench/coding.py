@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from attnbench.errors import Refusal
+from attnbench.residual import Residual
 from attnbench.source import Source
 
 Symbols = NDArray[np.int64]
@@ -64,6 +65,18 @@ def of_model(model: nn.Module) -> Predictor:
         for _ in range(model.scan.grid.size):  # type: ignore[union-attr, arg-type]
             logits, state = model.step(pixel, state)  # type: ignore[operator]
             pixel = torch.from_numpy((yield logits.double().softmax(-1).cpu().numpy())).to(logits.device)
+
+    return predict
+
+
+def of_residual(residual: Residual, tokens: Symbols) -> Predictor:
+    """The true channel values, (count, height · width · channels) in the order of an image's memory, of images whose
+    palette tokens (count, height, width) the decoder has already."""
+
+    def predict(count: int) -> Generator[Probabilities, Symbols, None]:
+        for told in tokens.reshape(count, -1).T:
+            for chances in residual.chances:
+                yield chances[told]
 
     return predict
 

@@ -27,8 +27,9 @@ class DataConfig(Settings):
     """digits, photos, fashion-mnist, folder:PATH or source:NAME (above, mesh, place, mirror, recall)."""
     side: PositiveInt | None = None
     """Resize every image to side × side pixels (the down-sampling of C1); none: the native size, of a source 8."""
-    tokens: Literal["auto", "levels", "palette"] = "auto"
-    """levels: exact grey values; palette: k-means colours; auto: levels for grey images, else palette."""
+    tokens: Literal["auto", "levels", "palette", "subpixel"] = "auto"
+    """levels: exact grey values; palette: k-means colours; subpixel: R, G and B in turn, 256 values each, which is
+    lossless on a grid three times as wide; auto: levels for grey images, else palette."""
     colours: PositiveInt = 512
     """Size of the palette."""
     root: Path | None = None

@@ -368,7 +368,7 @@ SOURCE_SIDE, SOURCE_LEVELS, SOURCE_COUNT = 8, 4, 10_000
 
 def _source(config: DataConfig, name: str) -> Dataset:
     """Images of exactly known likelihood: `count` to train on and a fifth each to validate and to test, all alike."""
-    if config.tokens == "palette":
+    if config.tokens not in ("auto", "levels"):
         raise Refusal(f"source:{name}: its likelihood is that of its own colours; leave --data.tokens at auto")
     side, levels = config.side or SOURCE_SIDE, config.levels or SOURCE_LEVELS
     if not 2 <= levels <= 256:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attnbench import distributed
 from attnbench.config import RunConfig
+from attnbench.tokens import Pixels, Tokeniser
 from attnbench.train import autocast, hidden_pixels, token_nats
 
 CHUNK = 128  # images a forward pass
+IN_BITS = ("bits_per_dim", "bits_per_dim_is_bound", "residual_bits_per_dim")
+"""What a record's metrics say of whole images, where that makes sense."""
 
 
 @dataclass(frozen=True)
@@ -61,5 +65,17 @@ def _nats(model: nn.Module, tokens: Tensor, hidden: Tensor | None, config: RunCo
     return distributed.shared_out(parts, work, torch.zeros(tokens.shape, dtype=torch.float64))
 
 
-def bits(nats: float) -> float:
-    return nats / math.log(2)
+def bits(nats_per_token: float, tokeniser: Tokeniser, pixels: Pixels, config: RunConfig) -> dict[str, Any]:
+    """A record's metrics in bits, of images uint8 (count, height, width, channels) whose tokens cost these nats.
+
+    bits_per_dim: per channel value; where the tokens do not determine the image, a bound from above that includes
+    residual_bits_per_dim, the bits of the true colours given the tokens, and bits_per_dim_is_bound says so. All three
+    are None where that is not known, and with "bert", whose nats are of hidden pixels and no image's code length.
+    """
+    per_token = nats_per_token / math.log(2)
+    found: dict[str, Any] = {"bits_per_token": per_token, **dict.fromkeys(IN_BITS)}
+    residual = tokeniser.residual_bits(pixels) if config.model.objective != "bert" else None
+    if residual is None:
+        return found
+    whole = per_token * tokeniser.tokens_per_pixel / pixels.shape[-1] + residual
+    return found | dict(zip(IN_BITS, (whole, not tokeniser.lossless, residual), strict=True))

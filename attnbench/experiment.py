@@ -30,7 +30,7 @@ from attnbench import (
     variants,
 )  # fmt: skip
 from attnbench.config import RunConfig, threads
-from attnbench.draw import draw
+from attnbench.draw import draw, shown
 from attnbench.errors import Refusal
 
 Watch = Callable[[str, int, float], None]
@@ -39,17 +39,21 @@ Watch = Callable[[str, int, float], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """The data of a run as tokens int64 (count, height, width), with labels, by split."""
+    """The data of a run as tokens int64 (count, height, width), with labels, by split.
+
+    supervised: whether the model takes the pictures themselves.
+    """
 
     dataset: data.Dataset
     tokeniser: tokens.Tokeniser
     splits: dict[str, probe.Split]
+    supervised: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """height, width, vocab."""
-        height, width = self.splits["train"][0].shape[1:]
-        return height, width, self.tokeniser.vocab
+        """height, width, vocab; in pixels where the model takes pictures, which are narrower than their sub-pixels."""
+        taken = self.dataset.train.pixels if self.supervised else self.splits["train"][0]
+        return taken.shape[1], taken.shape[2], self.tokeniser.vocab
 
     @property
     def pictures(self) -> dict[str, int]:
@@ -93,7 +97,7 @@ def prepare(config: RunConfig) -> Prepared:
     }
     limit = config.evaluate.images
     splits["test"] = (splits["test"][0][:limit], splits["test"][1][:limit])
-    return Prepared(dataset, tokeniser, splits)
+    return Prepared(dataset, tokeniser, splits, supervised=config.model.objective == models.SUPERVISED)
 
 
 def artifacts(config: RunConfig) -> Path:
@@ -171,6 +175,7 @@ def _outcome(model: nn.Module, prepared: Prepared, config: RunConfig, watch: Wat
     )  # fmt: skip
     watch("likelihood", 0, 0.0)
     test = evaluate.likelihood(model, splits["test"][0], config)
+    seen = prepared.dataset.test.pixels[: len(splits["test"][0])]
     watch("probe", 0, 0.0)
     accuracies: list[float] | None = None
     if config.probe.enabled and len(prepared.dataset.classes) > 1:
@@ -180,8 +185,7 @@ def _outcome(model: nn.Module, prepared: Prepared, config: RunConfig, watch: Wat
     watch("memory and throughput", 0, 0.0)
     metrics = {
         "nats_per_token": test.nats_per_token,
-        "bits_per_token": evaluate.bits(test.nats_per_token),
-        "bits_per_dim": prepared.tokeniser.bits_per_dim(test.nats_per_token),
+        **evaluate.bits(test.nats_per_token, prepared.tokeniser, seen, config),
         "validation_nats_per_token": progress.best,
         **_yardsticks(model, test, prepared, config),
         "probe_accuracy": accuracies,
@@ -283,10 +287,10 @@ def _leave(model: nn.Module, prepared: Prepared, config: RunConfig) -> None:
     def show(*rows: Tensor) -> list[Any]:
         return [prepared.tokeniser.decode(row.cpu().numpy()) for row in rows]
 
-    samples = draw(model, count, generator, config.sample.temperature)
-    completed = draw(model, count, generator, config.sample.temperature, known=truth, share=0.5)
+    samples, each = draw(model, count, generator, config.sample.temperature), prepared.tokeniser.tokens_per_pixel
+    completed = draw(model, count, generator, config.sample.temperature, truth, 0.5, each)
     if not distributed.first():
         return
     storage.write_bytes(folder / "samples.png", pictures.sheet(show(samples)))
-    seen, drawn = show(truth, completed)
-    storage.write_bytes(folder / "completions.png", pictures.completions(seen, drawn, share=0.5))
+    whole, drawn = show(truth, completed)
+    storage.write_bytes(folder / "completions.png", pictures.completions(whole, drawn, shown(model, 0.5, each)))

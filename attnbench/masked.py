@@ -34,7 +34,8 @@ class Subject:
     """Weights and the images to try them on.
 
     config: the settings that a record of the uncut model would have; cut: the model under a variant's mask, its options
-    given; images: tokens (count, height, width) of a split; data: that part of the records.
+    given; images: tokens (count, height, width) of a split; pixels: what they are of (count, height, width, channels);
+    data: that part of the records.
     """
 
     source: str
@@ -42,6 +43,7 @@ class Subject:
     tokeniser: tokens.Tokeniser
     cut: Callable[[RunConfig], nn.Module]
     images: Callable[[str], Tensor]
+    pixels: Callable[[str], tokens.Pixels]
     data: dict[str, Any]
 
 
@@ -61,14 +63,16 @@ def of_record(path: Path, root: Path | None = None) -> Subject:
             raise Refusal(f"{masked.variant} has other weights than {config.variant}; choose an exact mask") from error
         return model
 
-    return Subject(run.record["id"], config, run.tokeniser, cut, cache(run.images), run.record["data"])
+    return Subject(
+        run.record["id"], config, run.tokeniser, cut, cache(run.images), cache(run.pixels), run.record["data"]
+    )
 
 
 def of_folder(folder: Path, name: str, root: Path | None = None) -> Subject:
     """Others' weights, tried on the data set `name` in their own colours. Raises Refusal."""
     try:
         model = models.load_imagegpt(folder)
-        palette = _clusters(folder, model.vocab)
+        centres = _clusters(folder, model.vocab)
     except ValueError as error:
         raise Refusal(str(error)) from error
     grid = model.scan.grid
@@ -86,17 +90,21 @@ def of_folder(folder: Path, name: str, root: Path | None = None) -> Subject:
             raise Refusal(str(error)) from error
         return found.to(config.device)
 
+    try:
+        palette = tokens.with_residual(centres, dataset.train.pixels)
+    except ValueError as error:
+        raise Refusal(f"{name} is not in colour; choose other --data for these weights") from error
+
+    def pixels(split: str) -> tokens.Pixels:
+        return np.asarray(getattr(dataset, split).pixels[: config.evaluate.images if split == "test" else None])
+
     def images(split: str) -> Tensor:
-        try:
-            coded = palette.encode(getattr(dataset, split).pixels)
-        except ValueError as error:
-            raise Refusal(f"{name} is not in colour; choose other --data for these weights") from error
-        return torch.from_numpy(coded)[: config.evaluate.images if split == "test" else None]
+        return torch.from_numpy(palette.encode(pixels(split)))
 
     told = {"name": dataset.name, "checksum": dataset.checksum, "height": grid.height, "width": grid.width}
     counts = {split: len(getattr(dataset, split)) for split in ("train", "validation", "test")}
     told |= {"vocab": palette.vocab, "tokens": palette.kind, "images": counts}
-    return Subject(_fingerprint(folder), config, palette, cut, cache(images), told)
+    return Subject(_fingerprint(folder), config, palette, cut, cache(images), pixels, told)
 
 
 def masked(subject: Subject, variant: str, options: dict[str, Scalar], finetune: int, lr: float | None) -> RunConfig:
@@ -138,6 +146,7 @@ def operate(
         )  # fmt: skip
         checkpoint.clear(folder)
     test = evaluate.likelihood(model, subject.images("test")[: len(uncut)], config)
+    seen = subject.pixels("test")[: len(uncut)]
     cost = test.per_image - uncut
     low, high = stats.unit_interval(cost.tolist()) if len(cost) > 1 else (None, None)
     about = {"source": subject.source, "value": value, "finetune": finetune}
@@ -149,8 +158,8 @@ def operate(
                             "cost_low": low, "cost_high": high},
         "metrics": {
             "parameters": sum(p.numel() for p in model.parameters()),
-            "nats_per_token": test.nats_per_token, "bits_per_token": evaluate.bits(test.nats_per_token),
-            "bits_per_dim": subject.tokeniser.bits_per_dim(test.nats_per_token),
+            "nats_per_token": test.nats_per_token,
+            **evaluate.bits(test.nats_per_token, subject.tokeniser, seen, config),
             "steps": progress.step, "seconds": progress.seconds,
         },
         "per_image_nats": test.per_image.tolist(), "nll_map": test.by_pixel.tolist(),

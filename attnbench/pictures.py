@@ -39,11 +39,10 @@ def sheet(rows: list[Pixels], columns: int = 8) -> bytes:
     return _png(paper)
 
 
-def completions(truth: Pixels, completed: Pixels, share: float) -> bytes:
-    """PNG of three rows: what the model was shown (the first `share` of the raster), what it drew, what was true."""
+def completions(truth: Pixels, completed: Pixels, shown: NDArray[np.bool_]) -> bytes:
+    """PNG of three rows: what the model was shown (bool (height, width) of each image), what it drew, what was true."""
     given = _rgb(truth).copy()
-    height, width = given.shape[1:3]
-    given.reshape(len(given), height * width, 3)[:, round(share * height * width) :] = UNKNOWN
+    given[:, ~shown] = UNKNOWN
     return sheet([given, completed, truth])
 
 

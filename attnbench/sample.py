@@ -36,7 +36,7 @@ class PictureConfig(Settings):
 def main(argv: list[str] | None = None) -> int:
     config = cli.parse(PictureConfig, argv, prog="attnbench.sample")
     from attnbench import pictures, storage, train, trained
-    from attnbench.draw import draw
+    from attnbench.draw import draw, shown
 
     storage.check_writable(config.out.parent)
     run = trained.load(config.record, config.data_root)
@@ -45,12 +45,14 @@ def main(argv: list[str] | None = None) -> int:
     truth = run.images("test")[: config.count] if config.complete else None
     count = config.count if truth is None else len(truth)
     generator = train.generator("samples", config.seed)
-    drawn = draw(run.model(), count, generator, config.temperature, truth, config.complete)
-    shown = run.tokeniser.decode(drawn.cpu().numpy())
+    model, each = run.model(), run.tokeniser.tokens_per_pixel
+    drawn = draw(model, count, generator, config.temperature, truth, config.complete, each)
+    images = run.tokeniser.decode(drawn.cpu().numpy())
     if truth is None:
-        sheet = pictures.sheet([shown])
+        sheet = pictures.sheet([images])
     else:
-        sheet = pictures.completions(run.tokeniser.decode(truth.numpy()), shown, config.complete)
+        known = shown(model, config.complete, each)
+        sheet = pictures.completions(run.tokeniser.decode(truth.numpy()), images, known)
     print(storage.write_bytes(config.out, sheet))
     return 0
 

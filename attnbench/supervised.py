@@ -17,9 +17,9 @@ from attnbench import train
 from attnbench.config import RunConfig
 from attnbench.data import Dataset, Images
 from attnbench.errors import Refusal
-from attnbench.evaluate import CHUNK
+from attnbench.evaluate import CHUNK, IN_BITS
 
-NO_LIKELIHOOD = ("nats_per_token", "bits_per_token", "bits_per_dim", "validation_nats_per_token", "probe_accuracy")
+NO_LIKELIHOOD = ("nats_per_token", "bits_per_token", *IN_BITS, "validation_nats_per_token", "probe_accuracy")
 """Figures that such a run does not have."""
 
 

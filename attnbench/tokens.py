@@ -1,17 +1,20 @@
-"""Images to tokens and back: `levels` (exact grey values) and `palette` (the nearest of k colours, as iGPT)."""
+"""Images to tokens and back: `levels` (exact grey values), `palette` (the nearest of k colours, as iGPT) and `subpixel`
+(raw R, G and B, one token each).
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from attnbench import residual
 from attnbench.config import DataConfig
 from attnbench.data import Dataset
 from attnbench.errors import Refusal
+from attnbench.residual import Residual
 
 Pixels = NDArray[np.uint8]
 Tokens = NDArray[np.int64]
@@ -24,7 +27,7 @@ SEED = 0
 
 
 class Tokeniser(Protocol):
-    """What cuts images into tokens 0..vocab-1, one a pixel."""
+    """What cuts images into tokens 0..vocab-1, `tokens_per_pixel` to a pixel, side by side in its row."""
 
     @property
     def kind(self) -> str: ...
@@ -32,16 +35,24 @@ class Tokeniser(Protocol):
     @property
     def vocab(self) -> int: ...
 
+    @property
+    def tokens_per_pixel(self) -> int: ...
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the tokens determine the image."""
+        ...
+
     def encode(self, pixels: Pixels) -> Tokens:
-        """uint8 (count, height, width, channels) -> int64 (count, height, width)."""
+        """uint8 (count, height, width, channels) -> int64 (count, height, width · tokens_per_pixel)."""
         ...
 
     def decode(self, tokens: Tokens) -> Pixels:
-        """int64 (count, height, width) -> uint8 (count, height, width, channels) in 0..255, for the eye."""
+        """The other way, to uint8 in 0..255, for the eye."""
         ...
 
-    def bits_per_dim(self, nats_per_token: float) -> float | None:
-        """Bits per channel value of the image; None where the tokens do not determine the image."""
+    def residual_bits(self, pixels: Pixels) -> float | None:
+        """Bits per channel value that the tokens of these images leave open, on average; None where it is not known."""
         ...
 
     def to_json(self) -> dict[str, Any]:
@@ -52,14 +63,24 @@ class Tokeniser(Protocol):
 def fit(dataset: Dataset, config: DataConfig) -> Tokeniser:
     """The tokeniser that `config.tokens` asks for; auto is levels for grey images, else palette.
 
-    Raises Refusal: levels of RGB images; a palette larger than the colours there are.
+    Raises Refusal: levels of RGB images, subpixel of grey ones; a palette larger than the colours there are.
     """
     channels = dataset.train.pixels.shape[-1]
     kind = config.tokens if config.tokens != "auto" else ("levels" if channels == 1 else "palette")
     if kind == "palette":
-        return fit_palette(dataset.train.pixels, config.colours, dataset.levels)
+        palette = fit_palette(dataset.train.pixels, config.colours, dataset.levels)
+        return with_residual(palette, dataset.train.pixels)
+    if kind == "subpixel":
+        if channels != 3:
+            raise Refusal(
+                f"subpixel cuts a pixel into R, G and B and {dataset.name} is grey, one value a pixel; "
+                "choose --data.tokens levels, which is lossless too"
+            )
+        return SubPixels(dataset.levels)
     if channels != 1:
-        raise Refusal(f"levels needs grey images and {dataset.name} has RGB ones; choose --data.tokens palette")
+        raise Refusal(
+            f"levels needs grey images and {dataset.name} has RGB ones; choose --data.tokens palette or subpixel"
+        )
     return Levels(dataset.levels)
 
 
@@ -69,6 +90,8 @@ class Levels:
 
     vocab: int
     kind: str = "levels"
+    tokens_per_pixel: int = 1
+    lossless: bool = True
 
     def encode(self, pixels: Pixels) -> Tokens:
         """Raises ValueError for RGB images and for values beyond the levels."""
@@ -80,8 +103,37 @@ class Levels:
     def decode(self, tokens: Tokens) -> Pixels:
         return np.rint(tokens[..., None] * (255 / max(self.vocab - 1, 1))).astype(np.uint8)
 
-    def bits_per_dim(self, nats_per_token: float) -> float:
-        return nats_per_token / math.log(2)
+    def residual_bits(self, pixels: Pixels) -> float:
+        return 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "vocab": self.vocab}
+
+
+@dataclass(frozen=True)
+class SubPixels:
+    """R, G and B of a pixel are three tokens on the grid height × 3·width, as in PixelRNN (van den Oord et al., 2016);
+    lossless, so bits per token are the published bits per dim. A window's radius counts sub-pixels along a row.
+    """
+
+    vocab: int = 256
+    kind: str = "subpixel"
+    tokens_per_pixel: int = 3
+    lossless: bool = True
+
+    def encode(self, pixels: Pixels) -> Tokens:
+        """Raises ValueError for grey images and for values beyond the levels."""
+        _check_channels(pixels, 3)
+        if pixels.size and pixels.max() >= self.vocab:
+            raise ValueError(f"value {pixels.max()} in images of {self.vocab} levels")
+        return pixels.reshape(*pixels.shape[:2], -1).astype(np.int64)
+
+    def decode(self, tokens: Tokens) -> Pixels:
+        values = tokens.reshape(*tokens.shape[:2], -1, 3)
+        return np.rint(values * (255 / max(self.vocab - 1, 1))).astype(np.uint8)
+
+    def residual_bits(self, pixels: Pixels) -> float:
+        return 0.0
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "vocab": self.vocab}
@@ -91,12 +143,16 @@ class Levels:
 class Palette:
     """A pixel's token is its nearest centre by squared distance, the first of equals (Chen et al., 2020, §3.2).
 
-    centres: float64 (vocab, channels), channel values of 0..levels-1 scaled to [-1, 1].
+    centres: float64 (vocab, channels), channel values of 0..levels-1 scaled to [-1, 1]; residual: how the true colours
+    of a token are distributed, where that was fitted.
     """
 
     centres: Colours
     levels: int = 256
+    residual: Residual | None = None
     kind: str = "palette"
+    tokens_per_pixel: int = 1
+    lossless: bool = False
 
     @property
     def vocab(self) -> int:
@@ -121,20 +177,33 @@ class Palette:
         shades = np.rint((self.centres + 1) * 127.5).clip(0, 255).astype(np.uint8)
         return shades[tokens]
 
-    def bits_per_dim(self, nats_per_token: float) -> None:
-        return None
+    def residual_bits(self, pixels: Pixels) -> float | None:
+        return None if self.residual is None else self.residual.bits(pixels, self.encode(pixels)).sum() / pixels.size
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "vocab": self.vocab, "levels": self.levels, "centres": self.centres.tolist()}
+        saved = {"kind": self.kind, "vocab": self.vocab, "levels": self.levels, "centres": self.centres.tolist()}
+        return saved if self.residual is None else saved | {"residual": self.residual.to_json()}
 
 
 def from_json(saved: dict[str, Any]) -> Tokeniser:
-    """The tokeniser whose `to_json` this is. Raises ValueError if it is no such thing."""
+    """The tokeniser whose `to_json` this is. Raises ValueError or KeyError if it is no such thing."""
     if saved.get("kind") == "levels":
         return Levels(int(saved["vocab"]))
+    if saved.get("kind") == "subpixel":
+        return SubPixels(int(saved["vocab"]))
     if saved.get("kind") == "palette":
-        return Palette(np.array(saved["centres"], dtype=np.float64), int(saved["levels"]))
+        centres, levels = np.array(saved["centres"], dtype=np.float64), int(saved["levels"])
+        found = residual.from_json(saved["residual"], levels) if "residual" in saved else None  # older palettes lack it
+        if found is not None and found.counts.shape != (centres.shape[1], len(centres), levels):
+            raise ValueError(f"a residual of shape {found.counts.shape} for {len(centres)} colours")
+        return Palette(centres, levels, found)
     raise ValueError(f"no tokeniser is of kind {saved.get('kind')!r}")
+
+
+def with_residual(palette: Palette, pixels: Pixels) -> Palette:
+    """The palette with the distribution of these training images' true colours."""
+    found = residual.fit(pixels, palette.encode(pixels), palette.vocab, palette.levels)
+    return replace(palette, residual=found)
 
 
 def fit_palette(pixels: Pixels, colours: int, levels: int = 256) -> Palette:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from pydantic import ValidationError
@@ -44,10 +45,13 @@ class Trained:
 
     def images(self, split: str, side: int | None = None) -> Tensor:
         """Tokens int64 (count, height, width) of "train", "validation" or "test", as the run cut them; at any side."""
+        return torch.from_numpy(self.tokeniser.encode(self.pixels(split, side)))
+
+    def pixels(self, split: str, side: int | None = None) -> data.Pixels:
+        """What those tokens are of: uint8 (count, height, width, channels)."""
         config = self.config.data.model_copy(update={} if side is None else {"side": side})
-        pixels = getattr(data.load(config), split).pixels
         limit = self.config.evaluate.images if split == "test" else None
-        return torch.from_numpy(self.tokeniser.encode(pixels))[:limit]
+        return np.asarray(getattr(data.load(config), split).pixels[:limit])
 
 
 def load(path: Path, root: Path | None = None) -> Trained:

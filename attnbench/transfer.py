@@ -53,6 +53,8 @@ def evaluate_at(run: Trained, side: int, images: int | None, out: Path, force: b
 
     Raises Refusal: images that cannot be had at that side, weights that do not fit.
     """
+    import torch
+
     import models
     from attnbench import evaluate, record, variants
 
@@ -64,7 +66,8 @@ def evaluate_at(run: Trained, side: int, images: int | None, out: Path, force: b
     name = f"{record.identify(config)}-at-{side}-{hashlib.sha256(record.canonical(told)).hexdigest()[:8]}"
     if not force and (done := record.find(out, name, status="ok")) is not None:
         return done
-    tokens = run.images("test", side)[:images]
+    pixels = run.pixels("test", side)[:images]
+    tokens = torch.from_numpy(run.tokeniser.encode(pixels))
     height, width = tokens.shape[1:]
     model, resized = _at(run, config, height, width)
     test = evaluate.likelihood(model.to(config.device), tokens, config)
@@ -75,8 +78,7 @@ def evaluate_at(run: Trained, side: int, images: int | None, out: Path, force: b
         "data": run.record["data"] | {"height": height, "width": width}, "transfer": told | about,
         "metrics": {
             "parameters": sum(p.numel() for p in model.parameters()), "nats_per_token": test.nats_per_token,
-            "bits_per_token": evaluate.bits(test.nats_per_token),
-            "bits_per_dim": run.tokeniser.bits_per_dim(test.nats_per_token),
+            **evaluate.bits(test.nats_per_token, run.tokeniser, pixels, config),
         },
         "per_image_nats": test.per_image.tolist(), "nll_map": test.by_pixel.tolist(),
     }  # fmt: skip

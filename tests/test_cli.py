@@ -103,7 +103,7 @@ def test_an_empty_file_and_empty_groups_say_nothing(tmp_path: Path) -> None:
         force=st.booleans(),
         train=st.builds(dict, steps=st.integers(1, 10**6), lr=st.floats(1e-300, 1e300), compile=st.booleans()),
         data=st.builds(
-            dict, side=st.none() | st.integers(1, 99), tokens=st.sampled_from(["auto", "levels", "palette"])
+            dict, side=st.none() | st.integers(1, 99), tokens=st.sampled_from(["auto", "levels", "palette", "subpixel"])
         ),
     )
 )
@@ -138,7 +138,7 @@ def test_flags_and_file_say_the_same(told: dict[str, object]) -> None:
         ("--train.steps", "--train.steps lacks its value"),
         ("--variant --force", "--variant lacks its value"),
         ("--data.side x", "--data.side cannot be 'x'"),
-        ("--data.tokens foo", "choose from auto, levels, palette"),
+        ("--data.tokens foo", "choose from auto, levels, palette, subpixel"),
         ("--train.steps -5", "--train.steps: input should be greater than 0, not -5"),
         ("--train.steps 0", "--train.steps: input should be greater than 0"),
         ("--train.lr nan", "--train.lr: input should be a finite number"),
@@ -181,7 +181,7 @@ def test_bad_flags(argv: str, said: str) -> None:
         ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
         ("train: {steps: -1}", "train.steps: input should be greater than 0, not -1"),
         ("train: {steps: abc}", "train.steps: input should be a valid integer"),
-        ("data: {tokens: foo}", "data.tokens: input should be 'auto', 'levels' or 'palette'"),
+        ("data: {tokens: foo}", "data.tokens: input should be 'auto', 'levels', 'palette' or 'subpixel'"),
         ("model: {options: {a: null}}", "model.options.a: input should be bool or int or float or str, not None"),
         ("model: {options: {a: [1]}}", "model.options.a"),
         ("train: {accumulate: 5}", "accumulate 5 does not divide batch 64"),

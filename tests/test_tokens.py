@@ -1,9 +1,9 @@
-"""Tokenisers: levels lose nothing, a palette takes the nearest colour, both are rebuilt from what they saved."""
+"""Tokenisers: levels and sub-pixels lose nothing, a palette takes the nearest colour, all are rebuilt from what they
+saved."""
 
 from __future__ import annotations
 
 import json
-import math
 from typing import Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from attnbench import tokens
 from attnbench.config import DataConfig
 from attnbench.data import Dataset, Images, load
 from attnbench.errors import Refusal
-from attnbench.tokens import Levels, Palette, Pixels
+from attnbench.tokens import Levels, Palette, Pixels, SubPixels
 
 
 def dataset(pixels: Pixels, levels: int = 256) -> Dataset:
@@ -53,12 +53,6 @@ def test_levels_survive_the_round_trip(vocab: int) -> None:
     np.testing.assert_array_equal(np.rint(shown / 255 * (vocab - 1)), pixels)
 
 
-def test_bits_per_dim() -> None:
-    assert Levels(17).bits_per_dim(math.log(17)) == pytest.approx(math.log2(17))
-    lossy: tokens.Tokeniser = tokens.fit_palette(noise(3), 4)
-    assert lossy.bits_per_dim(1.0) is None
-
-
 def test_levels_refuse_colour_and_values_beyond() -> None:
     with pytest.raises(Refusal, match=r"--data\.tokens palette"):
         tokens.fit(dataset(noise(3)), DataConfig(tokens="levels"))
@@ -70,11 +64,42 @@ def test_levels_refuse_colour_and_values_beyond() -> None:
 
 @pytest.mark.parametrize(
     "asked, channels, kind",
-    [("auto", 1, "levels"), ("auto", 3, "palette"), ("palette", 1, "palette"), ("levels", 1, "levels")],
+    [
+        ("auto", 1, "levels"),
+        ("auto", 3, "palette"),
+        ("palette", 1, "palette"),
+        ("levels", 1, "levels"),
+        ("subpixel", 3, "subpixel"),
+    ],
 )
-def test_auto_follows_the_images(asked: Literal["auto", "levels", "palette"], channels: int, kind: str) -> None:
+def test_auto_follows_the_images(
+    asked: Literal["auto", "levels", "palette", "subpixel"], channels: int, kind: str
+) -> None:
     tokeniser = tokens.fit(dataset(noise(channels)), DataConfig(tokens=asked, colours=8))
     assert (tokeniser.kind, tokeniser.vocab) == (kind, 8 if kind == "palette" else 256)
+
+
+# --- sub-pixels -------------------------------------------------------------------------------------------------------
+
+
+def test_sub_pixels_stand_side_by_side_and_come_back() -> None:
+    pixels = noise(3)
+    encoded = SubPixels().encode(pixels)
+    assert encoded.shape == (6, 9, 21) and encoded.dtype == np.int64
+    for channel in range(3):
+        np.testing.assert_array_equal(encoded[:, :, channel::3], pixels[..., channel])
+    np.testing.assert_array_equal(SubPixels().decode(encoded), pixels)
+    assert encoded.flags.writeable and not np.shares_memory(encoded, pixels)
+
+
+def test_sub_pixels_refuse_grey_and_values_beyond() -> None:
+    with pytest.raises(Refusal, match=r"toy is grey.*--data\.tokens levels") as caught:
+        tokens.fit(dataset(noise(1)), DataConfig(tokens="subpixel"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="shape"):
+        SubPixels().encode(noise(1))
+    with pytest.raises(ValueError, match="17 levels"):
+        SubPixels(17).encode(noise(3))
 
 
 # --- palette ----------------------------------------------------------------------------------------------------------
@@ -191,13 +216,26 @@ def test_decode_shows_the_centres() -> None:
     assert palette.decode(np.array([[[0, 1]]])).tolist() == [[[[0, 128, 255], [255, 255, 255]]]]
 
 
-@pytest.mark.parametrize("tokeniser", [Levels(17), tokens.fit_palette(noise(3), 9), tokens.fit_palette(noise(1), 5)])
+@pytest.mark.parametrize(
+    "tokeniser",
+    [
+        Levels(17),
+        SubPixels(),
+        tokens.fit_palette(noise(3), 9),
+        tokens.with_residual(tokens.fit_palette(noise(3), 9), noise(3)),
+        tokens.with_residual(tokens.fit_palette(noise(1), 5), noise(1)),
+    ],
+    ids=["levels", "subpixel", "palette", "palette and residual", "grey palette and residual"],
+)
 def test_json_and_back(tokeniser: tokens.Tokeniser) -> None:
     saved = json.loads(json.dumps(tokeniser.to_json()))
     again = tokens.from_json(saved)
     assert again.to_json() == tokeniser.to_json()
-    every = np.arange(tokeniser.vocab).reshape(1, 1, -1)
+    every = np.resize(np.arange(tokeniser.vocab), (1, 1, 3 * tokeniser.vocab))
     np.testing.assert_array_equal(again.decode(every), tokeniser.decode(every))
+    unseen = noise(1 if tokeniser.kind == "levels" else tokeniser.decode(every).shape[-1], top=17, seed=1)
+    np.testing.assert_array_equal(again.encode(unseen), tokeniser.encode(unseen))
+    assert again.residual_bits(unseen) == tokeniser.residual_bits(unseen)
 
 
 def test_an_unknown_kind_is_an_error() -> None:
