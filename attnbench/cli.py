@@ -123,7 +123,8 @@ def check_models() -> None:
 def _say(main: Callable[..., int], text: str, status: int) -> int:
     spec = getattr(main, "__globals__", {}).get("__spec__")
     prog = spec.name if spec is not None else main.__module__
-    print(f"{prog}: {' '.join(text.split())}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    print(f"{prog}: {line}", file=sys.stderr)
     return status
 
 

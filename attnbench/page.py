@@ -160,7 +160,7 @@ def inlined(results: Path, runs: pd.DataFrame) -> dict[str, list[Image]]:
         where, folder = f"{row.setting}, {row.context}, seed {row.seed:.0f}", results / "artifacts" / str(row.id)
         wanted += [(kind, where, folder / f"{kind}.png") for kind in ("completions", "samples")]
     for kind, where, path in wanted:
-        data = _file(path, left)
+        data = _file(path, left, results)
         if data is not None:
             left -= len(data)
             found[kind].append(Image(where, f"{kind.removesuffix('s')} of {where}", data))
@@ -183,10 +183,11 @@ def _maps(leading: pd.DataFrame) -> list[Image]:
     return found
 
 
-def _file(path: Path, left: int) -> str | None:
-    """A PNG in base64, if it is one, lies where it should, and fits."""
+def _file(path: Path, left: int, results: Path) -> str | None:
+    """A PNG in base64, if it is one, lies within the results wherever links lead, and fits."""
     try:
-        if path.is_symlink() or path.stat().st_size * 4 / 3 > left:
+        within = path.resolve().is_relative_to(results.resolve())
+        if not within or not path.is_file() or path.stat().st_size * 4 / 3 > left:
             return None
         data = path.read_bytes()
     except OSError:

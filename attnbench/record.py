@@ -27,6 +27,9 @@ from attnbench.errors import Refusal
 ERA = 1
 """Part of every id. Raise it when the meaning of a default changes, so that old records are not taken for new ones."""
 
+LARGEST = 1 << 28
+"""Bytes of a record at most; one with a value for each of a million test images is a tenth of it."""
+
 STATUSES = ("ok", "oom", "nan", "timeout", "crash")
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -85,6 +88,10 @@ def write(folder: Path, record: dict[str, Any], replace: bool = False, room: str
 def read(path: Path) -> dict[str, Any]:
     """The record in a file, every byte of it verified. Raises Corrupt, which names the file and what is wrong."""
     try:
+        if not path.is_file() and path.exists():  # reading a pipe or a device would never end
+            raise Corrupt(path, "it is no regular file")
+        if path.stat().st_size > LARGEST:
+            raise Corrupt(path, f"it is larger than {LARGEST >> 20} MiB")
         data = path.read_bytes()
     except OSError as error:
         raise Corrupt(path, f"it cannot be read ({error.strerror})") from error
@@ -188,7 +195,7 @@ def _slug(name: str) -> str:
 def _checksum(content: dict[str, Any]) -> str | None:
     try:
         return hashlib.sha256(canonical(content)).hexdigest()
-    except ValueError:  # NaN, which Python reads from a file and JSON does not have
+    except (ValueError, RecursionError):  # NaN, which Python reads from a file and JSON does not have
         return None
 
 

@@ -52,10 +52,12 @@ def declared(results: Path) -> Declared:
     notes = []
     for path in sorted((results / "suites").glob("*.json")):
         try:
+            if not path.is_file():
+                raise ValueError("a pipe or a device")
             told = json.loads(path.read_text(encoding="utf-8"))
             one = suite.Suite.model_validate(told["suite"])
             found.setdefault(one.name, []).append((str(told["declared"]), one))
-        except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
             notes.append(f"{path.name} is no suite that can be read ({type(error).__name__}); its rules are left out.")
     suites = []
     for name, versions in sorted(found.items()):
@@ -125,7 +127,9 @@ def _write_tables(folder: Path, runs: Any, front: Any, made: dict[str, Any], jud
     for name, table in {"verdicts": judged, "rules": rules, "runs": plain, "front": front, **made}.items():
         storage.write_text(folder / f"{name}.csv", table.to_csv(index=False))
         short = every if name == "runs" else table
-        text = short.to_markdown(index=False, floatfmt=".4g") if len(short) else "Not run."
+        safe = short.map(lambda value: _markdown_cell(value) if isinstance(value, str) else value)
+        safe = safe.rename(columns=_markdown_cell)
+        text = safe.to_markdown(index=False, floatfmt=".4g") if len(short) else "Not run."
         storage.write_text(folder / f"{name}.md", text + "\n")
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+import math
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_origin
@@ -16,9 +19,28 @@ from attnbench.errors import Refusal
 
 Config = TypeVar("Config", bound=BaseModel)
 
+LARGEST = 1_000_000
+"""Characters that a YAML file may hold once its aliases are written out: far more than any settings, and no bomb."""
+
 
 class Loader(yaml.SafeLoader):
-    """Plain data only, with the scalars of YAML 1.2: 1e-3 is a number, `on` and `12:30` are words. No key twice."""
+    """Plain data only, with the scalars of YAML 1.2: 1e-3 is a number, `on` and `12:30` are words. No key twice.
+
+    What is nested too deeply, or would be too large with its aliases written out, is a YAMLError like any other.
+    """
+
+    def get_single_data(self) -> Any:
+        """As PyYAML's, but nothing is made of a document before its size is known."""
+        try:
+            node = self.get_single_node()
+            if node is None:
+                return None
+            if _size(node, {}) > LARGEST:
+                mark = node.start_mark
+                raise yaml.composer.ComposerError(None, None, "aliases or values beyond any settings' size", mark)
+            return self.construct_document(node)
+        except RecursionError:
+            raise yaml.YAMLError("nested too deeply") from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As PyYAML's, but a repeated key is an error instead of the last one winning."""
@@ -31,6 +53,18 @@ class Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key} stands twice", key_node.start_mark)
             mapping[key] = self.construct_object(value_node, deep=deep)
         return mapping
+
+
+def _size(node: yaml.Node, known: dict[int, float]) -> float:
+    """Characters and nodes below a node, each alias counted as if written out; infinite where it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        if isinstance(node, yaml.ScalarNode):
+            known[id(node)] = 1 + len(node.value)
+        else:
+            parts = itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
+            known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 _DIGITS = "0123456789"
@@ -100,7 +134,7 @@ def read(file: Path, config_class: type[BaseModel]) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise Refusal(f"{file}: not a text in UTF-8; --config wants a YAML file") from None
     except yaml.YAMLError as error:
-        raise Refusal(f"{file}: {_yaml_cause(error)}; mend the file") from None
+        raise Refusal(f"{file}: {yaml_cause(error)}; mend the file") from None
     if not isinstance(found, dict | None):
         raise Refusal(f"{file}: holds no settings; write them as `key: value` lines")
     return _checked(found or {}, config_class, file, "")
@@ -164,7 +198,14 @@ def _wrong(error: ValidationError) -> tuple[list[str], str]:
     alike = [e for e in errors if e["loc"][:-1] == first["loc"][:-1]]
     if len(alike) > 1 and len({str(e["input"]) for e in alike}) == 1:  # one value that fits no member of a union
         where, text = where[:-1], "input should be " + " or ".join(str(e["loc"][-1]) for e in alike)
-    return where, f"{text[:1].lower() + text[1:]}, not {first['input']!r}"
+    return where, f"{text[:1].lower() + text[1:]}, not {_shown(first['input'])}"
+
+
+def _shown(value: object) -> str:
+    """A wrong value, cut short where it is long."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    return short.repr(value)
 
 
 def _path_of(title: str, config_class: type[BaseModel]) -> list[str]:
@@ -217,7 +258,8 @@ def _suggest(key: str, config_class: type[BaseModel], prefix: str) -> str:
     return f"known here: {', '.join(config_class.model_fields)}"
 
 
-def _yaml_cause(error: yaml.YAMLError) -> str:
+def yaml_cause(error: yaml.YAMLError) -> str:
+    """What is wrong with a YAML file, and in which line."""
     mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML"
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error) or "not YAML"
     return f"line {mark.line + 1}: {problem}" if mark else str(problem)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,9 @@ from attnbench.config import RunConfig, Scalar, Settings
 from attnbench.errors import Refusal
 
 FOLDER = Path(__file__).with_name("suites")
+
+LARGEST = 100_000
+"""Cells that a block may have: a slip of the keyboard is refused, not listed."""
 
 Selector = dict[str, Scalar | tuple[Scalar | None, ...] | None]
 """Which records: a record's own key (variant, family, backend), data, side, or a dotted setting; a list: any of it."""
@@ -88,7 +92,16 @@ class Block(Settings):
     @field_validator("seeds", mode="before")
     @classmethod
     def _count(cls, value: Any) -> Any:
+        if isinstance(value, int) and value > LARGEST:
+            raise ValueError(f"{value} seeds are more than {LARGEST}")
         return list(range(value)) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Block:
+        count = math.prod(map(len, (self.variants, self.seeds, *self.grid.values())))
+        if count > LARGEST:
+            raise ValueError(f"block {self.name} has {count:.3g} cells, more than {LARGEST}")
+        return self
 
 
 class Pair(Settings):
@@ -214,12 +227,16 @@ def _parse(path: Path) -> Suite:
         return Suite.model_validate({"name": path.stem} | found)
     except OSError as error:
         raise Refusal(f"{path}: {error.strerror}; name a suite of {', '.join(names())} or a readable file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refusal(f"{path}: {' '.join(str(error).split())}; mend the file") from None
+    except UnicodeDecodeError:
+        raise Refusal(f"{path}: not a text in UTF-8; a suite is a YAML file") from None
+    except yaml.YAMLError as error:
+        raise Refusal(f"{path}: {schema.yaml_cause(error)}; mend the file") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise Refusal(f"{path}: {where or 'suite'}: {first['msg']}; mend the file") from None
+        raise Refusal(
+            f"{path}: {where or 'suite'}: {first['msg'].removeprefix('Value error, ')}; mend the file"
+        ) from None
 
 
 def cells(suite: Suite, known: Mapping[str, str], base: RunConfig) -> list[Cell]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import multiprocessing
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ from models.registry import choose
 def find(name: str) -> Variant:
     """The variant of that name; an own attention is imported, which runs its code, and registered under this name.
 
+    A line on stderr says whose code runs. Call it with what a person named, never with what stands in a record alone.
     Raises Refusal for an unknown name, a module that is not found or fails, a class that is no attention.
     """
     if name in models.VARIANTS:
@@ -46,7 +48,7 @@ def _module(place: str) -> ModuleType:
     file = Path(place if place.endswith(".py") else place.replace(".", "/") + ".py")
     try:
         if not file.exists():
-            return importlib.import_module(place)
+            return _installed(place)
         name = f"attnbench_own_{file.stem}"
         if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(file.resolve()):
             return sys.modules[name]
@@ -54,9 +56,23 @@ def _module(place: str) -> ModuleType:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
+        _say(spec.origin)
         spec.loader.exec_module(module)
         return module
     except ModuleNotFoundError as error:
         raise Refusal(f"{place}: {error}; name a module that Python finds from here, or a file by its path") from error
     except Exception as error:
         raise Refusal(f"{place} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _installed(place: str) -> ModuleType:
+    """A module by its name."""
+    if place not in sys.modules and (spec := importlib.util.find_spec(place.partition(".")[0])) is not None:
+        _say(spec.origin or place)
+    return importlib.import_module(place)
+
+
+def _say(origin: str | None) -> None:
+    """Whose code is about to run, once a command: not again in each of its processes."""
+    if multiprocessing.parent_process() is None:
+        print(f"running the code of {origin}, which was named as the attention", file=sys.stderr)

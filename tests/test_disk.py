@@ -162,7 +162,7 @@ def test_what_a_sweep_writes_is_whole_or_absent(
     assert tree(tmp_path) == before
 
 
-# --- what the system itself refuses, not a stand-in for it -------------------------------------------------------------
+# --- what the system itself refuses, not a stand-in for it ------------------------------------------------------------
 
 UNPRIVILEGED = """
 import os, resource, sys
