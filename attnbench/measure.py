@@ -109,8 +109,13 @@ class ChildFailed(Exception):
     @property
     def out_of_memory(self) -> bool:
         """Whether its last words were about memory; a kill by the system leaves none."""
-        said = r"out of memory|allocate memory|MemoryError|Thread creation failed"
-        return re.search(said, "\n".join(self.tail), re.I) is not None
+        return about_memory("\n".join(self.tail))
+
+
+def about_memory(text: str) -> bool:
+    """Whether a program's last words are that memory did not suffice: Python's, torch's, C++'s or OpenMP's."""
+    said = r"out of memory|allocate memory|MemoryError|std::bad_alloc|Thread creation failed"
+    return re.search(said, text, re.I) is not None
 
 
 def peak_bytes(request: Request, timeout: float = 600.0) -> int:
