@@ -1,7 +1,9 @@
 """Where a sweep's cells run when not here: `--engine ray`, a task a cell; `--engine slurm`, a job a cell.
 
-Both find the results in a folder that all machines share, and attnbench installed on each. A cell whose machine dies is
-tried again, RETRIES times, and goes on from its last checkpoint; one that cannot be saved is given up, with a record.
+Both find the results in a folder that all machines share, and attnbench installed on each. The launcher claims a cell
+before it submits it, and the cell looks whether that claim still stands before it begins and before it writes. A cell
+whose machine dies is tried again, RETRIES times, and goes on from its last checkpoint; one that cannot be saved is
+given up, with a record.
 
 Both libraries pass a call and its result as pickles between their own processes (submitit through out/slurm, which only
 its user may enter); nothing of attnbench's is ever unpickled.
@@ -87,6 +89,8 @@ def slurm(
 
     def engine(cells: Iterable[Cell], run_one: Callable[[Cell], Outcome]) -> Iterator[Outcome]:
         listed = list(cells)
+        if not listed:
+            return
         with executor.batch():
             submitted = [executor.submit(Resumable(run_one), cell) for cell in listed]
         waiting = dict(zip(submitted, listed, strict=True))

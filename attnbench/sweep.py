@@ -1,42 +1,47 @@
 """`python -m attnbench.sweep SUITE --out DIR`: every cell of a suite, each in a process of its own, skipping the done.
 
-An engine is a function from ready cells to outcomes: `Engine = (cells, run_one) -> iterator of Outcome`. It decides
-where and in what order `run_one` is called and nothing else; `local` calls it here. A cell that ends without a record
-gets one that says so: a failure is a result too.
+An engine is a function from tasks to outcomes: `Engine = (tasks, run_one) -> iterator of Outcome`. It decides where and
+in what order `run_one` is called and nothing else; `local` calls it here. It takes a task when it has room for it, and
+only then is the cell claimed, so that any number of sweeps share a folder: here, or submitted elsewhere.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+import os
+import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from attnbench import cli, engines, storage
-from attnbench.cell import STOPPED
-from attnbench.config import RunConfig, Scalar, Settings
+from attnbench import attempt, cli, engines, record, storage
+from attnbench.attempt import Ending, LimitsConfig, Outcome, Task, run_cell
+from attnbench.board import Board, follow, title
+from attnbench.claim import Launcher, Observer
+from attnbench.config import RunConfig, Scalar, Settings, threads
 from attnbench.suite import Cell, Suite
 
-TAIL = 20
-"""Last lines of a cell's output that are kept."""
+if TYPE_CHECKING:
+    from attnbench.schedule import Schedule
 
-_live: set[subprocess.Popen[str]] = set()
-_stopping = threading.Event()
+POLL = 1.0
+"""Seconds between two looks at cells that other launchers hold."""
+
+Kind = Literal["crash", "timeout", "oom"]
+"""What may end otherwise when it is tried again."""
 
 
 class SweepConfig(Settings):
@@ -52,99 +57,45 @@ class SweepConfig(Settings):
     slurm: Annotated[dict[str, Scalar], tyro.conf.arg(metavar="NAME VALUE")] = Field(default_factory=dict)
     """What sbatch is told: --slurm.partition NAME, --slurm.account NAME, --slurm.time MINUTES, …"""
     jobs: PositiveInt = 1
-    """Cells at a time; with more than one, throughput is measured beside a neighbour and is worth little."""
+    """Cells at a time, which share the cores; throughput is then measured beside a neighbour and is worth little."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
-    retry: bool = False
-    """Run again what ended in a crash, out of memory or a timeout."""
+    limits: LimitsConfig = LimitsConfig()
+    retries: NonNegativeInt = 1
+    """Times that a cell is tried again at once after a crash, a kill or a timeout; it goes on from its checkpoint."""
+    retry: tyro.conf.UseAppendAction[tuple[Kind, ...]] = ()
+    """Run again what ended so in an earlier sweep."""
     list: bool = False
     """Only say what is done and what is to do."""
+    watch: bool = False
+    """Only watch what sweeps on this folder do, from any terminal, until they are done."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a cell ended. `tail`: the last lines that it printed."""
-
-    cell: Cell
-    status: str
-    seconds: float
-    tail: tuple[str, ...] = ()
-
-
-Progress = Callable[[Cell, str], None]
-"""Told a cell and what it is doing ("train 120")."""
-RunOne = Callable[[Cell], Outcome]
-Engine = Callable[[Iterable[Cell], RunOne], Iterator[Outcome]]
-
-
-def run_cell(cell: Cell, watch: Progress = lambda cell, line: None) -> Outcome:
-    """Runs one cell in a process of its own; afterwards a record stands in out/runs, whatever happened.
-
-    But for a cell that was told to stop: it leaves its checkpoint and no record, and resumes the next time.
-    """
-    from attnbench import record
-
-    began = time.monotonic()
-    name = record.identify(cell.config)
-    command = [sys.executable, "-m", "attnbench.cell"]
-    tail: deque[str] = deque(maxlen=TAIL)
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as child:
-        assert child.stdin is not None and child.stdout is not None
-        _live.add(child)
-        try:
-            with contextlib.suppress(BrokenPipeError):  # it died before it listened; what it said is still there
-                child.stdin.write(cell.config.model_dump_json())
-                child.stdin.close()
-            for line in child.stdout:
-                tail.append(line.rstrip())
-                watch(cell, line.strip())
-        finally:
-            _live.discard(child)
-    if _stopping.is_set() or child.returncode in (STOPPED, -signal.SIGINT):
-        return Outcome(cell, "stopped", time.monotonic() - began, tuple(tail))
-    ended = child.returncode in (0, 1) and bool(tail) and tail[-1].endswith(f"{name}.json")
-    done = record.find(cell.config.out, name) if ended else None
-    if done is None:
-        done = _failure(cell, name, child.returncode, tuple(tail))
-    return Outcome(cell, done["status"], time.monotonic() - began, tuple(tail))
-
-
-def _failure(cell: Cell, name: str, code: int, tail: tuple[str, ...]) -> dict[str, Any]:
-    """Writes and returns the record of a cell that ended without one of its own."""
-    from attnbench import record
-
-    reason = next((line for line in reversed(tail) if line), "") or f"ended with status {code}"
-    found = {
-        "id": name,
-        "status": "crash",
-        "reason": f"killed by signal {-code}" if code < 0 else reason,
-        "variant": cell.config.variant,
-        "family": None,
-        "backend": None,
-        "seed": cell.config.seed,
-        "config": cell.config.identity(),
-        "environment": record.environment(),
-        "data": {"name": cell.config.data.name},
-        "metrics": {},
-        "tail": list(tail),
-    }
-    record.write(cell.config.out, found)
-    return found
+RunOne = Callable[[Task], Outcome]
+Engine = Callable[[Iterable[Task], RunOne], Iterator[Outcome]]
 
 
 def local(jobs: int) -> Engine:
     """The engine of one machine: `jobs` cells at a time."""
 
-    def engine(cells: Iterable[Cell], run_one: RunOne) -> Iterator[Outcome]:
+    def engine(tasks: Iterable[Task], run_one: RunOne) -> Iterator[Outcome]:
+        left = iter(tasks)
+        running: set[Future[Outcome]] = set()
         with ThreadPoolExecutor(jobs) as pool:
-            futures = [pool.submit(run_one, cell) for cell in cells]
             try:
-                for future in as_completed(futures):
-                    yield future.result()
+                while True:
+                    while len(running) < jobs and (task := next(left, None)) is not None:
+                        running.add(pool.submit(run_one, task))
+                    if not running:
+                        return
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        running.discard(future)
+                        yield future.result()
             except BaseException:
-                _stop(pool)
+                # Those that run save a checkpoint and end.
+                attempt.stopping.set()
+                pool.shutdown(wait=True)
+                attempt.stopping.clear()
                 raise
 
     return engine
@@ -153,12 +104,10 @@ def local(jobs: int) -> Engine:
 def _engine(config: SweepConfig) -> Engine:
     """The engine that was asked for."""
 
-    def give_up(cell: Cell, reason: str) -> Outcome:
-        from attnbench import record
-
-        name = record.identify(cell.config)
-        done = record.find(cell.config.out, name) or _failure(cell, name, 1, (reason,))
-        return Outcome(cell, done["status"], 0.0, (reason,))
+    def give_up(task: Task, reason: str) -> Outcome:
+        held = task.claim is None or task.claim.held()
+        status = attempt.write_failure(task.cell, Ending("crash", reason, (reason,))) if held else "stopped"
+        return Outcome(task.cell, status, 0.0, (reason,))
 
     gpus = int(config.device == "cuda")
     if config.engine == "ray":
@@ -166,16 +115,6 @@ def _engine(config: SweepConfig) -> Engine:
     if config.engine == "slurm":
         return engines.slurm(config.jobs, gpus, config.out / "slurm", config.slurm, give_up)
     return local(config.jobs)
-
-
-def _stop(pool: ThreadPoolExecutor) -> None:
-    """Lets no further cell start and tells the running ones to save a checkpoint and end; waits for them."""
-    _stopping.set()
-    pool.shutdown(wait=False, cancel_futures=True)
-    for child in list(_live):
-        child.send_signal(signal.SIGINT)
-    pool.shutdown(wait=True)
-    _stopping.clear()
 
 
 def declare(whole: Suite, out: Path) -> Path:
@@ -191,62 +130,12 @@ def declare(whole: Suite, out: Path) -> Path:
     return path
 
 
-@dataclass
-class Board:
-    """What a person watches: how many are done, running, failed, waiting, and the time left."""
+@dataclass(frozen=True)
+class Ledger:
+    """What is known of a suite's cells: `find` gives the record of an id that counts; `stand` says where all stands."""
 
-    title: str
-    jobs: int
-    done: int = 0
-    failed: int = 0
-    total: int = 0
-
-    def __post_init__(self) -> None:
-        self.running: dict[str, str] = {}
-        self.seconds: list[float] = []
-        self.lock = threading.Lock()
-
-    def watch(self, cell: Cell, line: str) -> None:
-        """A line that a cell printed."""
-        with self.lock:
-            self.running[_title(cell)] = line[:60]
-
-    def end(self, outcome: Outcome) -> None:
-        """A cell that ended."""
-        with self.lock:
-            self.running.pop(_title(outcome.cell), None)
-            self.seconds.append(outcome.seconds)
-            if outcome.status in ("ok", "nan"):
-                self.done += 1
-            elif outcome.status != "stopped":
-                self.failed += 1
-
-    @property
-    def left(self) -> float | None:
-        """Seconds left, from the mean of what has run here; None before the first."""
-        if not self.seconds:
-            return None
-        return (self.total - self.done - self.failed) * sum(self.seconds) / len(self.seconds) / self.jobs
-
-    def __rich__(self) -> Any:
-        from rich.table import Table
-
-        left = self.left
-        table = Table(title=self.title, title_justify="left")
-        for name in ("done", "running", "failed", "to do", "time left"):
-            table.add_column(name, justify="right")
-        with self.lock:
-            running = len(self.running)
-            waiting = self.total - self.done - self.failed - running
-            clock = "–" if left is None else f"{int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
-            table.add_row(str(self.done), str(running), str(self.failed), str(waiting), clock)
-            table.caption = "\n".join(f"{name}: {line}" for name, line in self.running.items())
-        table.caption_justify = "left"
-        return table
-
-
-def _title(cell: Cell) -> str:
-    return f"{cell.key} seed {cell.config.seed} lr {cell.config.train.lr:g}"
+    find: Callable[[str], dict[str, Any] | None]
+    stand: Callable[[], Schedule]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -254,54 +143,113 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
     from rich.live import Live
 
-    from attnbench import budget, experiment, record, report, schedule, suite
-    from models import VARIANTS
+    from attnbench import report, suite
 
     console = Console()
     whole = suite.load(config.suite)
-    afar = config.engine != "local"
-    if afar:  # another process stands in another folder
+    if config.engine != "local":  # another process stands in another folder
         config = config.model_copy(update={"out": config.out.absolute()})
-    # What the machine that a cell will run on has, this one cannot know.
-    resolve = partial(experiment.resolve, cuda=True if afar and config.device == "cuda" else None)
-    base = resolve(RunConfig(out=config.out, device=config.device))
-    known = {name: variant.family for name, variant in VARIANTS.items()}
-    cells = [cell.model_copy(update={"config": resolve(cell.config)}) for cell in suite.cells(whole, known, base)]
-    storage.check_writable(config.out)
-    tried: set[str] = set()
-
-    def find(name: str) -> dict[str, Any] | None:
-        found = record.find(config.out, name)
-        if found is None or found["status"] in schedule.FINISHED or name in tried or not config.retry:
-            return found
-        return None
-
-    def stand() -> schedule.Schedule:
-        return schedule.schedule(whole, cells, find, lambda run, limit: budget.fit(run, limit, config.out))
-
-    if threading.current_thread() is threading.main_thread():
-        # A terminated sweep stops as an interrupted one does: its cells must not outlive it. A shell's background jobs
-        # ignore SIGINT unless told otherwise.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    now = stand()
-    board = Board(f"{whole.name}: {whole.question}", config.jobs, len(now.done), len(now.failed), now.total)
+    ledger = _ledger(config, whole)
+    board = Board(f"{whole.name}: {whole.question}", config.jobs, ledger.stand())
     if config.list:
         console.print(board)
         return 0
+    if config.watch:
+        board.jobs = 0  # nothing runs here
+        with Live(board, console=console, refresh_per_second=2):
+            now = follow(board, ledger.stand, Observer(config.out))
+        return _close(console, config, now)
+    storage.check_writable(config.out)
+    _interruptible()
     engine = _engine(config)
     declare(whole, config.out)
-    run_one = run_cell if afar else partial(run_cell, watch=board.watch)
-    with Live(board, console=console, refresh_per_second=2):
-        while now.ready:
-            tried.update(record.identify(cell.config) for cell in now.ready)
-            for outcome in engine(now.ready, run_one):
-                board.end(outcome)
-                if outcome.status != "ok":
-                    console.print(f"{_title(outcome.cell)}: {outcome.status}: {' '.join(outcome.tail[-1:])}")
-            now = stand()
+    with Live(board, console=console, refresh_per_second=2), Launcher(config.out, config.jobs) as launcher:
+        now = _run(config, engine, launcher, board, ledger, console)
     draw_fields(config.out, sorted({cell.config.variant for cell in now.done}))
-    return _close(console, now, report.write(config.out, config.out / "report"))
+    page = report.write(config.out, config.out / "report")
+    status = _close(console, config, now)
+    console.print(f"report  {page}", soft_wrap=True)
+    return status
+
+
+def _interruptible() -> None:
+    """A terminated sweep stops as an interrupted one does: its cells must not outlive it. A shell's background jobs
+    ignore SIGINT unless told otherwise."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _ledger(config: SweepConfig, whole: Suite) -> Ledger:
+    """The ledger of a suite. Failures that are to be run again count as unknown: those that stand now, and not what
+    becomes of them in this sweep or in another one beside it."""
+    from attnbench import budget, experiment, schedule, suite
+    from models import VARIANTS
+
+    # What the machine that a cell will run on has, this one cannot know.
+    resolve = partial(experiment.resolve, cuda=True if config.engine != "local" and config.device == "cuda" else None)
+    base = resolve(RunConfig(out=config.out, device=config.device))
+    known = {name: variant.family for name, variant in VARIANTS.items()}
+    cells = [cell.model_copy(update={"config": resolve(cell.config)}) for cell in suite.cells(whole, known, base)]
+    fitted: dict[tuple[str, str], RunConfig] = {}
+    again: dict[str, str] = {}
+    if config.retry:
+        again = {
+            done["id"]: done["sha256"] for done in record.read_all(config.out)[0] if done["status"] in config.retry
+        }
+
+    def find(name: str) -> dict[str, Any] | None:
+        found = record.find(config.out, name)
+        return None if found is not None and again.get(name) == found["sha256"] else found
+
+    def fit(run: RunConfig, limit: suite.Budget) -> RunConfig | None:
+        key = run.model_dump_json(), limit.model_dump_json()
+        if key not in fitted and (found := budget.fit(run, limit, config.out)) is not None:
+            fitted[key] = found  # it may have been measured, and the next look must find the same cells
+        return fitted.get(key)
+
+    return Ledger(find, lambda: schedule.schedule(whole, cells, find, fit))
+
+
+def _run(
+    config: SweepConfig, engine: Engine, launcher: Launcher, board: Board, ledger: Ledger, console: Any
+) -> Schedule:
+    """Runs what is ready until nothing is, leaving to other launchers what they hold as long as they live."""
+    share = {} if "OMP_NUM_THREADS" in os.environ else {"threads": max(1, threads() // config.jobs)}
+    run_one = partial(run_cell, limits=config.limits, retries=config.retries)
+
+    def told(cell: Cell, line: str) -> None:
+        board.watch(cell, line)
+        launcher.note(record.identify(cell.config), line)
+
+    if config.engine == "local":
+        run_one = partial(run_one, watch=told, **share)
+    now = ledger.stand()
+    while now.ready:
+        ended = False
+        for outcome in engine(_claimed(now.ready, launcher, ledger), run_one):
+            launcher.give_back(record.identify(outcome.cell.config), outcome.seconds)
+            board.end(outcome)
+            if outcome.status != "ok":
+                words = f"{title(outcome.cell)}: {outcome.status}: {' '.join(outcome.tail[-1:])}"
+                console.print(words, markup=False, highlight=False)
+            ended |= outcome.status != "stopped"
+        now = ledger.stand()
+        board.stand(now, (beat for beat in launcher.others.alive() if beat.owner != launcher.owner))
+        if now.ready and not ended:
+            time.sleep(POLL)
+    return now
+
+
+def _claimed(cells: Iterable[Cell], launcher: Launcher, ledger: Ledger) -> Iterator[Task]:
+    """Of these cells those that nobody else runs or has run by now, each claimed when it is asked for."""
+    for cell in cells:
+        name = record.identify(cell.config)
+        claim = launcher.acquire(name)
+        if claim is not None and ledger.find(name) is None:
+            yield Task(cell, claim)
+        elif claim is not None:
+            launcher.give_back(name)
 
 
 def draw_fields(out: Path, names: list[str]) -> None:
@@ -315,14 +263,49 @@ def draw_fields(out: Path, names: list[str]) -> None:
             storage.write_bytes(path, receptive.picture(Subject(name)))
 
 
-def _close(console: Any, now: Any, page: Path) -> int:
-    """Says how it ended, and what to do."""
-    if now.failed:
-        console.print(f"{len(now.failed)} failed; --retry runs them again")
+def _close(console: Any, config: SweepConfig, now: Schedule) -> int:
+    """Says how it ended: a line for every way in which cells failed, with the command that does something about it."""
+    ends = Counter(done["status"] for cell in (*now.failed, *now.done) if (done := _record(config, cell)))
+    twice = {
+        "memory": config.limits.bytes and f"{2 * config.limits.bytes}B",
+        "time": config.limits.time and f"{2 * config.limits.seconds:g}s",
+    }
+    lines = {
+        "crash": ("crashed or were killed; the report has their last words", command(config, "crash")),
+        "timeout": (
+            f"took more than {config.limits.time or 'they were given'} and go on from their checkpoints",
+            command(config, "timeout", time=twice["time"]),
+        ),
+        "oom": (
+            f"ran out of memory{f' at {config.limits.memory}' if config.limits.memory else ''}",
+            command(config, "oom", memory=twice["memory"])
+            + ("" if twice["memory"] else " (with more memory, or smaller batches in the suite)"),
+        ),
+        "nan": ("diverged, which is a result", f"{command(config)} (after lower learning rates in the suite)"),
+    }
+    for status, (words, way) in lines.items():
+        if ends[status]:
+            console.print(f"{ends[status]} {words}: {way}", soft_wrap=True, markup=False, highlight=False)
     if now.waiting:
-        console.print(f"{now.waiting} wait for a measurement or a tuning run that failed; --retry, or mend the suite")
-    console.print(f"report  {page}", soft_wrap=True)
+        way = command(config, "crash", "timeout", "oom")
+        words = f"{now.waiting} wait for a measurement or a tuning run that failed: {way}"
+        console.print(words, soft_wrap=True, markup=False, highlight=False)
     return 1 if now.failed or now.waiting else 0
+
+
+def _record(config: SweepConfig, cell: Cell) -> dict[str, Any] | None:
+    return record.find(config.out, record.identify(cell.config), warn=False)
+
+
+def command(config: SweepConfig, *retry: str, **limits: Any) -> str:
+    """The command line that says this, with other limits where they are given."""
+    told = config.model_dump(mode="json", exclude_defaults=True, exclude={"suite", "retry", "list", "watch"})
+    told["limits"] = told.get("limits", {}) | {name: value for name, value in limits.items() if value}
+    words = ["python", "-m", "attnbench.sweep", config.suite]
+    for name, value in told.items():
+        items = value.items() if isinstance(value, dict) else [("", value)]
+        words += [w for key, v in items for w in (f"--{name}.{key}".rstrip(".").replace("_", "-"), str(v))]
+    return shlex.join([*words, *(w for kind in retry for w in ("--retry", kind))])
 
 
 if __name__ == "__main__":

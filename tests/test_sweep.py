@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from attnbench import budget, cli, record, schedule, suite, sweep
+from attnbench import board, budget, cli, record, schedule, suite, sweep
+from attnbench.attempt import Outcome, Task
 from attnbench.config import RunConfig
 from attnbench.suite import Cell
 from tests import synthetic_records as synthetic
@@ -52,7 +53,7 @@ def test_a_sweep_runs_every_cell_and_the_next_one_none(
     declared = json.loads(next((out / "suites").glob("own-*.json")).read_text(encoding="utf-8"))
     assert suite.Suite.model_validate(declared["suite"]) == suite.load(name)
 
-    def never(cell: Cell, watch: sweep.Progress) -> sweep.Outcome:
+    def never(task: Task, **_: Any) -> Outcome:
         raise AssertionError("a cell that is done ran again")
 
     monkeypatch.setattr(sweep, "run_cell", never)
@@ -69,45 +70,10 @@ def test_a_cell_that_cannot_run_is_recorded_and_the_sweep_goes_on(
     (done,) = record.read_all(tmp_path / "out")[0]
     assert done["status"] == "crash"
     assert "colour" in done["reason"]
-    assert "1 failed; --retry runs them again" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 crashed or were killed" in said and said.count("--device cpu --retry crash\n") == 1
+    assert done["tries"] == 1, "what is refused once is refused always"
     assert "colour" in (tmp_path / "out" / "report" / "index.html").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(("number", "said"), [(9, "killed by signal 9"), (11, "killed by signal 11")])
-def test_a_killed_cell_gets_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str) -> None:
-    stand_in(monkeypatch, f"import os; print('train 7', flush=True); os.kill(os.getpid(), {number})")
-    outcome = sweep.run_cell(cell(tmp_path))
-    assert (outcome.status, outcome.tail) == ("crash", ("train 7",))
-    (done,) = record.read_all(tmp_path)[0]
-    assert done["reason"] == said
-    assert done["tail"] == ["train 7"]
-
-
-def test_a_cell_that_ends_without_a_record_keeps_its_last_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stand_in(monkeypatch, "raise SystemExit('no luck')")
-    outcome = sweep.run_cell(cell(tmp_path))
-    assert outcome.status == "crash"
-    assert record.read_all(tmp_path)[0][0]["reason"] == "no luck"
-
-
-def test_a_retried_cell_that_crashes_again_is_not_taken_for_the_old_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = cell(tmp_path)
-    told = synthetic.one("dense1d", status="oom") | {"id": record.identify(one.config)}
-    record.write(tmp_path, told)
-    stand_in(monkeypatch, "raise SystemExit('another end')")
-    assert sweep.run_cell(one).status == "crash"
-    assert record.read_all(tmp_path)[0][0]["reason"] == "another end"
-
-
-def test_a_cells_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(monkeypatch, "print('train 1'); print('probe 0'); raise SystemExit(3)")
-    lines: list[str] = []
-    sweep.run_cell(cell(tmp_path), lambda one, line: lines.append(line))
-    assert lines == ["train 1", "probe 0"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the children")
@@ -140,18 +106,6 @@ def children(pid: int) -> list[int]:
 def cell(out: Path, seed: int = 0) -> Cell:
     config = RunConfig.model_validate(TINY | {"variant": "dense1d", "seed": seed, "out": out, "device": "cpu"})
     return Cell(config=config, block="a", key="a/dense1d/")
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
-    """Another program in place of the cell's own."""
-    real = subprocess.Popen
-
-    def popen(command: list[str], **settings: Any) -> Any:
-        if command[1:] == ["-m", "attnbench.cell"]:
-            command = [sys.executable, "-c", program]
-        return real(command, **settings)
-
-    monkeypatch.setattr(subprocess, "Popen", popen)
 
 
 class Ledger:
@@ -251,17 +205,17 @@ def test_another_engine_is_a_function_over_cells(tmp_path: Path) -> None:
     """What the local engine promises to any: each cell once, outcomes as they come."""
     seen: list[int] = []
 
-    def run_one(one: Cell) -> sweep.Outcome:
-        seen.append(one.config.seed)
-        return sweep.Outcome(one, "ok", 0.0)
+    def run_one(task: Task) -> Outcome:
+        seen.append(task.cell.config.seed)
+        return Outcome(task.cell, "ok", 0.0)
 
-    def backwards(cells: Iterable[Cell], run: sweep.RunOne) -> Iterator[sweep.Outcome]:
-        return (run(one) for one in reversed(list(cells)))
+    def backwards(tasks: Iterable[Task], run: sweep.RunOne) -> Iterator[Outcome]:
+        return (run(task) for task in reversed(list(tasks)))
 
     engines: list[sweep.Engine] = [sweep.local(1), sweep.local(3), backwards]
     for engine in engines:
         seen.clear()
-        outcomes = list(engine([cell(tmp_path, seed) for seed in range(5)], run_one))
+        outcomes = list(engine([Task(cell(tmp_path, seed)) for seed in range(5)], run_one))
         assert sorted(seen) == [0, 1, 2, 3, 4]
         assert {outcome.status for outcome in outcomes} == {"ok"}
 
@@ -276,18 +230,47 @@ def test_declaring_twice_keeps_the_first_time(tmp_path: Path) -> None:
     assert sweep.declare(changed, tmp_path / "out") != path
 
 
+def test_an_engine_takes_a_cell_only_when_it_has_room(tmp_path: Path) -> None:
+    """What it has not taken, another sweep on the same folder can claim."""
+    taken: list[int] = []
+
+    def tasks() -> Iterator[Task]:
+        for seed in range(4):
+            taken.append(seed)
+            yield Task(cell(tmp_path, seed))
+
+    outcomes = sweep.local(2)(tasks(), lambda task: Outcome(task.cell, "ok", 0.0))
+    next(outcomes)
+    assert taken == [0, 1]
+    assert len(list(outcomes)) == 3
+
+
 def test_the_board_counts_and_estimates() -> None:
-    board = sweep.Board("t", jobs=2, done=3, failed=0, total=13)
-    assert board.left is None
-    board.watch(cell(Path("x")), "train 5")
-    board.end(sweep.Outcome(cell(Path("x")), "ok", 10.0))
-    board.end(sweep.Outcome(cell(Path("x"), 1), "oom", 20.0))
-    assert (board.done, board.failed, board.running) == (4, 1, {})
-    assert board.left == pytest.approx(8 * 15 / 2)
+    cells = [cell(Path("x"), seed) for seed in range(13)]
+    shown = board.Board("t", 2, schedule.Schedule(tuple(cells[:3]), (), tuple(cells[3:]), 0))
+    assert shown.left is None
+    shown.watch(cells[3], "train 5")
+    shown.end(Outcome(cells[3], "ok", 10.0))
+    shown.end(Outcome(cells[4], "oom", 20.0))
+    shown.end(Outcome(cells[5], "stopped", 20.0))
+    assert (shown.done, shown.failed, shown.running) == (4, 1, {})
+    assert shown.left == pytest.approx(8 * 15 / 2)
 
 
 @pytest.mark.parametrize(
-    "arguments", [["quik"], ["quick", "--jobs", "0"], ["quick", "--engine", "magic"], [], ["quick", "--oops"]]
+    "arguments",
+    [
+        ["quik"],
+        ["quick", "--jobs", "0"],
+        ["quick", "--engine", "magic"],
+        [],
+        ["quick", "--oops"],
+        ["quick", "--limits.memory", "much"],
+        ["quick", "--limits.time", "soon"],
+        ["quick", "--limits.time", "0s"],
+        ["quick", "--retry", "nan"],
+        ["quick", "--retries", "-1"],
+    ],
 )
 def test_bad_input_is_refused_in_one_line(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
