@@ -24,7 +24,7 @@ class DataConfig(Settings):
     """Which images, at which side, cut into which tokens."""
 
     name: Annotated[str, tyro.conf.arg(aliases=["--data"])] = "digits"
-    """digits, photos, fashion-mnist, folder:PATH or source:NAME (above, mesh, place, mirror, recall)."""
+    """digits, photos, fashion-mnist, folder:PATH, hub:OWNER/NAME, source:NAME (above, mesh, place, mirror, recall)."""
     side: PositiveInt | None = None
     """Resize every image to side × side pixels (the down-sampling of C1); none: the native size, of a source 8."""
     tokens: Literal["auto", "levels", "palette", "subpixel"] = "auto"
@@ -33,7 +33,9 @@ class DataConfig(Settings):
     colours: PositiveInt = 512
     """Size of the palette."""
     root: Path | None = None
-    """Folder that holds the data set's files, where the data set needs any."""
+    """Folder that holds the data set's files, where the data set needs any; of hub: a local copy of the repository."""
+    revision: str | None = None
+    """Commit, tag or branch of a data set of the hub; none: the newest commit, which the record names."""
     height: PositiveInt | None = None
     """Rows of a source where its images are not square; none: side."""
     width: PositiveInt | None = None

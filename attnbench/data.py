@@ -1,8 +1,9 @@
-"""Images and their fixed splits: by name (digits, photos, fashion-mnist) or by scheme (folder:PATH, source:NAME).
+"""Images and their fixed splits: by name (digits, photos, fashion-mnist) or by scheme (folder:PATH, hub:OWNER/NAME,
+source:NAME).
 
 A split is a function of an image's own pixels (a hash), never of a random state, so the same picture always falls on
 the same side and two copies of it never straddle a boundary. Sizes are brought to `--data.side` by exact area
-averaging, which is what the down-sampling of C1 means. Nothing is written and nothing is fetched.
+averaging, which is what the down-sampling of C1 means. Only hub: fetches, and writes to the hub's own cache alone.
 """
 
 from __future__ import annotations
@@ -11,31 +12,26 @@ import difflib
 import gzip
 import hashlib
 import math
-import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
-from attnbench import photos
+from attnbench import hub, photos
 from attnbench.config import DataConfig
+from attnbench.decode import LARGEST, Picture, Pixels, brief, decode, fingerprint, resize
 from attnbench.errors import Refusal
 from attnbench.source import Source
 from attnbench.sources import build_source
 
-Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
 SPLITS = ("train", "validation", "test")
 PHOTOS_SIDE = 32
 """Side of `photos` when none is asked for."""
-LARGEST = 4 << 30
-"""Bytes of pixels that are held in memory at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +51,8 @@ class Dataset:
 
     levels: number of values a channel can take, 0..levels-1. checksum: sha256 (hex) over every native image's pixels,
     label and split, in order; it does not depend on the side that the images were resized to. source: what drew the
-    images, if their exact likelihood is known; then all have one class, and a pixel's value is its colour.
+    images, if their exact likelihood is known; then all have one class, and a pixel's value is its colour. revision:
+    the commit of a repository that the images were read from.
     """
 
     name: str
@@ -66,6 +63,7 @@ class Dataset:
     levels: int
     checksum: str
     source: Source | None = None
+    revision: str | None = None
 
 
 def load(config: DataConfig) -> Dataset:
@@ -78,6 +76,8 @@ def load(config: DataConfig) -> Dataset:
     scheme, colon, rest = config.name.partition(":")
     if scheme != "source" and (told := [name for name in OF_SOURCES if getattr(config, name) not in (None, {})]):
         raise Refusal(f"--data.{told[0]} is for source:NAME, not for {config.name}; leave it out")
+    if scheme != "hub" and config.revision is not None:
+        raise Refusal(f"--data.revision is for hub:OWNER/NAME, not for {config.name}; leave it out")
     if colon and scheme in SCHEMES:
         return SCHEMES[scheme](config, rest)
     if config.name in NAMED:
@@ -91,45 +91,10 @@ def load(config: DataConfig) -> Dataset:
 # --- from native images to a data set ---------------------------------------------------------------------------------
 
 
-def fingerprint(image: Pixels) -> bytes:
-    """sha256 of one native image's shape and pixels."""
-    return hashlib.sha256(np.array(image.shape, dtype="<i8").tobytes() + image.tobytes()).digest()
-
-
 def split_of(digest: bytes, validation: float, test: float) -> str:
     """The split of an image by its fingerprint, which is as good as uniform: the given shares, the rest is train."""
     place = int.from_bytes(digest[:8], "big") / 2**64
     return "test" if place < test else "validation" if place < test + validation else "train"
-
-
-def resize(pixels: Pixels, side: int | None, name: str) -> Pixels:
-    """(count, height, width, channels) brought to side × side by area averaging; None leaves the size as it is.
-
-    The average is computed on integers (floats that stay below 2^53), so it is exact and the same on every machine;
-    halves round to even. Values stay within the range of the input. Raises Refusal if an image would have to grow.
-    """
-    height, width = pixels.shape[1:3]
-    if side is None or (height, width) == (side, side):
-        return pixels
-    if side > min(height, width):
-        raise Refusal(
-            f"{name}: side {side} does not fit images of {height}×{width}; "
-            f"choose --data.side {min(height, width)} or less"
-        )
-    down, along = _overlaps(height, side), _overlaps(width, side)
-    resized = np.empty((len(pixels), side, side, pixels.shape[3]), dtype=np.uint8)
-    chunk = max(1, (1 << 22) // (height * width))  # some tens of megabytes of float64
-    for start in range(0, len(pixels), chunk):
-        planes = pixels[start : start + chunk].transpose(0, 3, 1, 2).astype(np.float64)
-        sums = down @ planes @ along.T
-        resized[start : start + chunk] = np.rint(sums / (height * width)).transpose(0, 2, 3, 1)
-    return resized
-
-
-def _overlaps(native: int, side: int) -> NDArray[np.float64]:
-    """(side, native): how much of each native pixel each resized one covers, in whole units of 1/side native pixel."""
-    out, old = np.arange(side)[:, None] * native, np.arange(native)[None] * side
-    return np.clip(np.minimum(out + native, old + side) - np.maximum(out, old), 0, None).astype(np.float64)
 
 
 def _assemble(
@@ -210,7 +175,7 @@ def read_idx(path: Path, dims: int) -> Pixels:
                 raise Refusal(f"{path}: header says {shape}, beyond 1 to {IDX_LIMIT} bytes; fetch it again")
             body = file.read(expected + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise Refusal(f"{path}: does not unpack ({_brief(error)}); fetch it again") from error
+        raise Refusal(f"{path}: does not unpack ({brief(error)}); fetch it again") from error
     if len(body) != expected:
         raise Refusal(f"{path}: {'more' if len(body) > expected else 'less'} data than its header says; fetch it again")
     return np.frombuffer(body, dtype=np.uint8).reshape(shape)
@@ -250,9 +215,6 @@ def _idx_pair(folder: Path, part: str) -> tuple[Pixels, Labels]:
 # --- folder:PATH, one sub-folder a class ------------------------------------------------------------------------------
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
-GREY = {"1", "L", "LA"}
-COLOUR = {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 
 
 def _folder(config: DataConfig, place: str) -> Dataset:
@@ -261,22 +223,11 @@ def _folder(config: DataConfig, place: str) -> Dataset:
     Without a side all pictures must have one size, which is kept; with one, the central square is resized to it.
     """
     files = _pictures(place)
-    headers = [_header(path) for path in files]
-    mode = "L" if all(grey for grey, _, _ in headers) else "RGB"
-    _check_sizes(config.side, files, [(height, width) for _, height, width in headers], 1 if mode == "L" else 3)
-    images, digests = [], []
-    for path in files:
-        native = _decode(path, mode)
-        digests.append(fingerprint(native))
-        images.append(native[None] if config.side is None else resize(_square(native)[None], config.side, str(path)))
-        if images[-1].shape != images[0].shape:  # the camera was turned: known only now
-            raise Refusal(
-                f"{path}: stands upright where {files[0].name} lies, or the reverse; bring all to one --data.side"
-            )
+    pixels, digests = decode([Picture(str(path), path) for path in files], config.side)
     classes = sorted({path.parent.name for path in files})
     labels = np.array([classes.index(path.parent.name) for path in files], dtype=np.int64)
     splits = [split_of(digest, validation=0.1, test=0.1) for digest in digests]
-    return _assemble(f"folder:{place}", np.concatenate(images), labels, splits, digests, classes)
+    return _assemble(f"folder:{place}", pixels, labels, splits, digests, classes)
 
 
 def _pictures(place: str) -> list[Path]:
@@ -288,75 +239,29 @@ def _pictures(place: str) -> list[Path]:
         classes = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
         files = [path for folder in classes for path in sorted(folder.iterdir())]
     except OSError as error:
-        raise Refusal(f"folder:{place}: cannot be listed ({_brief(error)}); make it readable") from error
+        raise Refusal(f"folder:{place}: cannot be listed ({brief(error)}); make it readable") from error
     files = [path for path in files if path.suffix.lower() in SUFFIXES and path.is_file()]
     if not files:
         raise Refusal(f"folder:{place}: no pictures in its sub-folders; put each class's PNG or JPEG files into one")
     return files
 
 
-def _check_sizes(side: int | None, files: list[Path], sizes: list[tuple[int, int]], channels: int) -> None:
-    """Refuses, before anything is decoded, pictures of several sizes without a side, too small for it, or too many."""
-    least, smallest = min((min(size), path) for size, path in zip(sizes, files, strict=True))
-    odd = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
-    if side is None and odd is not None:
-        (height, width), (other_height, other_width) = sizes[0], sizes[odd]
-        raise Refusal(
-            f"{files[odd]} is {other_height}×{other_width} but {files[0].name} {height}×{width}; "
-            f"bring all to one size by --data.side {min(least, 32)}"
-        )
-    if side is not None and side > least:
-        raise Refusal(f"{smallest}: side {side} does not fit, its shorter side is {least}; choose --data.side {least}")
-    height, width = (side, side) if side else sizes[0]
-    if len(files) * height * width * channels > LARGEST:
-        raise Refusal(f"{len(files)} pictures of {height}×{width} fill more than {LARGEST >> 30} GiB; set --data.side")
+# --- hub:OWNER/NAME, with the library datasets ------------------------------------------------------------------------
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """A picture file, opened lazily. Whatever it does wrong while open is a Refusal that names it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                yield image
-    except Refusal:
-        raise
-    except Exception as error:  # broken files raise OSError, SyntaxError, ValueError, IndexError, struct.error, ...
-        raise Refusal(f"{path}: does not decode ({_brief(error)}); repair or remove it") from error
-
-
-def _header(path: Path) -> tuple[bool, int, int]:
-    """Whether a picture is grey, its height and its width before it is set upright; its pixels are not read."""
-    with _opened(path) as image:
-        if image.mode not in GREY | COLOUR:
-            raise Refusal(f"{path}: mode {image.mode} is not 8 bits a channel; convert or remove it")
-        return image.mode in GREY, image.height, image.width
-
-
-def _decode(path: Path, mode: str) -> Pixels:
-    """One picture, upright, (height, width, 1 or 3) for mode "L" or "RGB"; transparent parts lie on white."""
-    with _opened(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.has_transparency_data:
-            sheet = Image.new("RGBA", upright.size, "white")
-            sheet.alpha_composite(upright.convert("RGBA"))
-            upright = sheet
-        pixels = np.array(upright.convert(mode))
-        return pixels.reshape(*pixels.shape[:2], -1)
-
-
-def _square(image: Pixels) -> Pixels:
-    """The central square of one picture (height, width, channels)."""
-    height, width, _ = image.shape
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return image[top : top + side, left : left + side]
-
-
-def _brief(error: Exception) -> str:
-    """An error on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+def _hub(config: DataConfig, name: str) -> Dataset:
+    """A data set of the hub. Its own test and validation splits are kept; one that it lacks is a tenth of train, by
+    hash."""
+    found = hub.read(name, config.root, config.revision)
+    own = [split for split in SPLITS if split in found.parts]
+    pixels, digests = decode([picture for split in own for picture in found.parts[split].pictures], config.side)
+    labels = np.concatenate([found.parts[split].labels for split in own])
+    held = {split: 0.0 if split in own else 0.1 for split in ("validation", "test")}
+    training = len(found.parts["train"].pictures)
+    splits = [split_of(digest, **held) for digest in digests[:training]]
+    splits += [split for split in own[1:] for _ in found.parts[split].pictures]
+    assembled = _assemble(f"hub:{name}", pixels, labels, splits, digests, found.classes)
+    return replace(assembled, revision=found.revision)
 
 
 # --- source:NAME, drawn here ------------------------------------------------------------------------------------------
@@ -380,13 +285,21 @@ def _source(config: DataConfig, name: str) -> Dataset:
     counts = (count, max(1, count // 5), max(1, count // 5))
     if sum(counts) * source.size > LARGEST:
         raise Refusal(f"source:{name}: {count} images fill more than {LARGEST >> 30} GiB; choose a lower --data.count")
-    parts, checksum = {}, hashlib.sha256(repr(source).encode())
+    parts: dict[str, Images] = {}
+    checksum = hashlib.sha256(repr(source).encode())
     for seed, (split, images) in enumerate(zip(SPLITS, counts, strict=True)):
         pixels = source.sample(images, seed).astype(np.uint8)[..., None]
         checksum.update(split.encode() + pixels.tobytes())
         parts[split] = Images(pixels, np.zeros(images, dtype=np.int64))
     return Dataset(
-        f"source:{name}", **parts, classes=(name,), levels=levels, checksum=checksum.hexdigest(), source=source
+        f"source:{name}",
+        parts["train"],
+        parts["validation"],
+        parts["test"],
+        classes=(name,),
+        levels=levels,
+        checksum=checksum.hexdigest(),
+        source=source,
     )
 
 
@@ -398,5 +311,5 @@ NAMED: dict[str, Callable[[DataConfig], Dataset]] = {
     "fashion-mnist": _fashion,
 }
 """Data by name."""
-SCHEMES: dict[str, Callable[[DataConfig, str], Dataset]] = {"folder": _folder, "source": _source}
+SCHEMES: dict[str, Callable[[DataConfig, str], Dataset]] = {"folder": _folder, "hub": _hub, "source": _source}
 """Data as scheme:rest; a loader is given the settings and the rest."""

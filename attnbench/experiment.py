@@ -153,6 +153,7 @@ def _identity(model: nn.Module, prepared: Prepared, config: RunConfig) -> dict[s
         "data": {
             "name": prepared.dataset.name,
             "checksum": prepared.dataset.checksum,
+            "revision": prepared.dataset.revision,
             "height": height,
             "width": width,
             "vocab": vocab,

@@ -47,7 +47,7 @@ class Trained:
         """Tokens int64 (count, height, width) of "train", "validation" or "test", as the run cut them; at any side."""
         return torch.from_numpy(self.tokeniser.encode(self.pixels(split, side)))
 
-    def pixels(self, split: str, side: int | None = None) -> data.Pixels:
+    def pixels(self, split: str, side: int | None = None) -> tokens.Pixels:
         """What those tokens are of: uint8 (count, height, width, channels)."""
         config = self.config.data.model_copy(update={} if side is None else {"side": side})
         limit = self.config.evaluate.images if split == "test" else None
@@ -64,9 +64,10 @@ def load(path: Path, root: Path | None = None) -> Trained:
         raise Refusal(f"{path} is the record of a run that ended with {done.get('status')!r}; name a finished one")
     folder = path.resolve().parent.parent
     try:
-        settings = done["config"] | {"out": folder, "device": "auto", "data": done["config"]["data"] | {"root": root}}
+        read = {"root": root, "revision": done["data"].get("revision")}  # the commit, also where it was not asked for
+        settings = done["config"] | {"out": folder, "device": "auto", "data": done["config"]["data"] | read}
         config = RunConfig.model_validate(settings)
-    except (ValidationError, KeyError, TypeError) as error:
+    except (ValidationError, KeyError, TypeError, AttributeError) as error:
         raise Refusal(f"{path} has settings that this version does not know; run that cell again") from error
     place = folder / "artifacts" / str(done["id"])
     try:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attnbench import data, photos
+from attnbench import data, decode, photos
 from attnbench.config import DataConfig
 from attnbench.data import Dataset, load
 from attnbench.errors import Refusal
@@ -74,7 +74,7 @@ def test_checksum_notices_a_change(what: str) -> None:
     pixels[:, 0, 0, 0] = [1, 2, 3]
 
     def checksum() -> str:
-        return data._assemble("x", pixels, labels, splits, [data.fingerprint(i) for i in pixels], "abc").checksum
+        return data._assemble("x", pixels, labels, splits, [decode.fingerprint(i) for i in pixels], "abc").checksum
 
     before = checksum()
     assert before == checksum()
@@ -96,7 +96,7 @@ def test_split_depends_on_the_fingerprint_alone_and_in_the_shares_asked() -> Non
 
 
 def test_fingerprint_tells_shapes_apart() -> None:
-    assert data.fingerprint(np.zeros((2, 8, 1), np.uint8)) != data.fingerprint(np.zeros((4, 4, 1), np.uint8))
+    assert decode.fingerprint(np.zeros((2, 8, 1), np.uint8)) != decode.fingerprint(np.zeros((4, 4, 1), np.uint8))
 
 
 # --- sides ------------------------------------------------------------------------------------------------------------
@@ -114,11 +114,11 @@ def test_resize_is_the_area_average(height: int, width: int, side: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, height, width, 3), dtype=np.uint8)
     fine = pixels.repeat(side, axis=1).repeat(side, axis=2).astype(np.int64)  # each pixel as side × side equal ones
     means = fine.reshape(3, side, height, side, width, 3).sum(axis=(2, 4)) / (height * width)
-    np.testing.assert_array_equal(data.resize(pixels, side, "x"), np.rint(means))
+    np.testing.assert_array_equal(decode.resize(pixels, side, "x"), np.rint(means))
 
 
 def test_resize_leaves_a_flat_image_flat() -> None:
-    assert set(data.resize(np.full((2, 64, 48, 3), 201, np.uint8), 7, "x").ravel()) == {201}
+    assert set(decode.resize(np.full((2, 64, 48, 3), 201, np.uint8), 7, "x").ravel()) == {201}
 
 
 @pytest.mark.parametrize("name, side, way_out", [("digits", 9, "8"), ("photos", 65, "64"), ("digits", 0, "1")])
@@ -353,7 +353,7 @@ def test_a_turned_photograph_is_set_upright_or_refused(pictures: Path) -> None:
     exif[0x0112] = 6  # the camera was turned by 90°
     Image.new("RGB", (14, 10), "red").save(pictures / "b" / "turned.jpg", exif=exif)
     assert "turned.jpg: stands upright" in refused(f"folder:{pictures}")
-    assert data._decode(pictures / "b" / "turned.jpg", "RGB").shape == (14, 10, 3)
+    assert decode.upright(decode.Picture("it", pictures / "b" / "turned.jpg"), "RGB").shape == (14, 10, 3)
     assert load(DataConfig(name=f"folder:{pictures}", side=8)).train.pixels.shape[1:] == (8, 8, 3)
 
 
@@ -371,7 +371,7 @@ def test_grey_if_every_picture_is_grey(tmp_path: Path) -> None:
 
 def test_transparent_parts_lie_on_white(tmp_path: Path) -> None:
     Image.fromarray(np.array([[[0, 0, 0, 0], [10, 20, 30, 255]]], np.uint8)).save(tmp_path / "x.png")
-    assert data._decode(tmp_path / "x.png", "RGB").tolist() == [[[255, 255, 255], [10, 20, 30]]]
+    assert decode.upright(decode.Picture("x", tmp_path / "x.png"), "RGB").tolist() == [[[255, 255, 255], [10, 20, 30]]]
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not a picture\n" * 9])
@@ -412,6 +412,6 @@ def test_too_few_pictures_are_refused(tmp_path: Path) -> None:
 
 
 def test_more_pixels_than_memory_are_refused_before_decoding(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "LARGEST", 130 * 10 * 14 * 3 - 1)
+    monkeypatch.setattr(decode, "LARGEST", 130 * 10 * 14 * 3 - 1)
     assert "--data.side" in refused(f"folder:{pictures}")
     assert len(load(DataConfig(name=f"folder:{pictures}", side=4)).train) > 80
