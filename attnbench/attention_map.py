@@ -37,6 +37,8 @@ class AttentionMapConfig(Settings):
     """Test images that are looked at."""
     data_root: Path | None = None
     """Folder that holds the data set's files, where the data set needs any."""
+    own: str | None = None
+    """The attention of somebody's own that the run had, FILE.py:CLASS; its code runs only if it is named here."""
 
 
 def attention(model: nn.Module, tokens: Tensor, radii: tuple[int, ...]) -> dict[str, Any]:
@@ -114,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     from attnbench import experiment, storage, trained
     from attnbench import record as records
 
-    run = trained.load(config.record, config.data_root)
+    run = trained.load(config.record, config.data_root, config.own)
     tokens = run.images("test")[: config.images].to(run.config.device)
     found = attention(run.model().eval(), tokens, config.radii)
     nats = edges(run.record["nll_map"])

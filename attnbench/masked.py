@@ -47,9 +47,9 @@ class Subject:
     data: dict[str, Any]
 
 
-def of_record(path: Path, root: Path | None = None) -> Subject:
+def of_record(path: Path, root: Path | None = None, own: str | None = None) -> Subject:
     """A finished run. Raises Refusal as `trained.load`, and where the run has no softmax over visible keys."""
-    run = trained.load(path, root)
+    run = trained.load(path, root, own)
     chosen = variants.find(run.config.variant)
     if not (issubclass(chosen.cls, ExactMixer) and run.config.model.objective == "ar"):
         raise Refusal(f"{run.record['id']} has no causal softmax over visible pixels; choose a run that has")

@@ -29,6 +29,8 @@ class PictureConfig(Settings):
     """Of the draws."""
     data_root: Path | None = None
     """Folder that holds the data set's files, where the data set needs any."""
+    own: str | None = None
+    """The attention of somebody's own that the run had, FILE.py:CLASS; its code runs only if it is named here."""
     out: Path = Path("sample.png")
     """The sheet."""
 
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     from attnbench.draw import draw, shown
 
     storage.check_writable(config.out.parent)
-    run = trained.load(config.record, config.data_root)
+    run = trained.load(config.record, config.data_root, config.own)
     if run.config.model.objective != "ar":
         raise Refusal(f"{run.record['id']} has objective {run.config.model.objective!r}: it has no order to draw in")
     truth = run.images("test")[: config.count] if config.complete else None

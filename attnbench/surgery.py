@@ -49,6 +49,8 @@ class SurgeryConfig(Settings):
     """Data set for others' weights, in colour; photos if none is named. A record has its own."""
     data_root: Path | None = None
     """Folder that holds the data set's files, where the data set needs any."""
+    own: str | None = None
+    """The attention of somebody's own that the run had, FILE.py:CLASS; its code runs only if it is named here."""
     out: Path | None = None
     """Folder of the records; RESULTS/surgery beside the run, or results/surgery."""
     force: bool = False
@@ -78,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     from attnbench import masked, storage
 
     if config.record is not None:
-        subject = masked.of_record(config.record, config.data_root)
+        subject = masked.of_record(config.record, config.data_root, config.own)
     else:
         assert config.imagegpt is not None
         subject = masked.of_folder(config.imagegpt, config.data or "photos", config.data_root)

@@ -54,10 +54,12 @@ class Trained:
         return np.asarray(getattr(data.load(config), split).pixels[:limit])
 
 
-def load(path: Path, root: Path | None = None) -> Trained:
+def load(path: Path, root: Path | None = None, own: str | None = None) -> Trained:
     """The run whose record this is, OUT/runs/ID.json, with OUT/artifacts/ID beside it; root: where its data lies now.
 
-    Raises Refusal: a record that is damaged or not "ok", settings of another version, artifacts missing or damaged.
+    own: the attention of somebody's own that the run had, as FILE.py:CLASS; a record alone runs nobody's code.
+    Raises Refusal: a record that is damaged or not "ok", settings of another version, artifacts missing or damaged, an
+    own attention that is not named.
     """
     done = record.read(path)
     if done.get("status") != "ok":
@@ -69,12 +71,24 @@ def load(path: Path, root: Path | None = None) -> Trained:
         config = RunConfig.model_validate(settings)
     except (ValidationError, KeyError, TypeError, AttributeError) as error:
         raise Refusal(f"{path} has settings that this version does not know; run that cell again") from error
+    if ":" in config.variant and own != config.variant:
+        raise Refusal(f"{path} is of {config.variant}, code that is not ours; --own {config.variant} runs it")
     place = folder / "artifacts" / str(done["id"])
     try:
-        tokeniser = tokens.from_json(json.loads((place / "tokeniser.json").read_text(encoding="utf-8")))
-        weights = safetensors.torch.load_file(place / "weights.safetensors")
+        tokeniser = tokens.from_json(json.loads(_within(folder, place / "tokeniser.json").read_text(encoding="utf-8")))
+        weights = safetensors.torch.load_file(_within(folder, place / "weights.safetensors"))
     except OSError as error:
         raise Refusal(f"{place} lacks what the run left beside its record ({error.strerror}); run it again") from error
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Refusal(f"{place} is damaged: {' '.join(str(error).split())[:100]}; run it again") from error
+    shape = done["data"] if isinstance(done.get("data"), dict) else {}
+    if not all(isinstance(shape.get(name), int) for name in ("height", "width", "vocab")):
+        raise Refusal(f"{path} does not say which shape its images have; run that cell again")
     return Trained(done, experiment.resolve(config), tokeniser, weights)
+
+
+def _within(folder: Path, path: Path) -> Path:
+    """The path of a regular file, if no link leads out of the folder. Raises ValueError, OSError."""
+    if not path.resolve(strict=True).is_relative_to(folder) or not path.is_file():
+        raise ValueError(f"{path.name} is no file in {folder}")
+    return path

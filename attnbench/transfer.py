@@ -35,6 +35,8 @@ class TransferConfig(Settings):
     """Most test images."""
     data_root: Path | None = None
     """Folder that holds the data set's files, where the data set needs any."""
+    own: str | None = None
+    """The attention of somebody's own that the run had, FILE.py:CLASS; its code runs only if it is named here."""
     out: Path | None = None
     """Folder of the records; RESULTS/transfer beside the run."""
     force: bool = False
@@ -127,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from attnbench import record, storage, trained
 
-    run = trained.load(config.record, config.data_root)
+    run = trained.load(config.record, config.data_root, config.own)
     out = config.out or run.config.out / "transfer"
     storage.check_writable(out)
     sides = dict.fromkeys(int(part) for part in config.sides.split(","))
