@@ -149,22 +149,22 @@ def main(argv: list[str] | None = None) -> int:
     whole = suite.load(config.suite)
     if config.engine != "local":  # another process stands in another folder
         config = config.model_copy(update={"out": config.out.absolute()})
-    ledger = _ledger(config, whole)
-    board = Board(f"{whole.name}: {whole.question}", config.jobs, ledger.stand())
+    books = ledger(config, whole)
+    board = Board(f"{whole.name}: {whole.question}", config.jobs, books.stand())
     if config.list:
         console.print(board)
         return 0
     if config.watch:
         board.jobs = 0  # nothing runs here
         with Live(board, console=console, refresh_per_second=2):
-            now = follow(board, ledger.stand, Observer(config.out))
+            now = follow(board, books.stand, Observer(config.out))
         return _close(console, config, now)
     storage.check_writable(config.out)
     _interruptible()
     engine = _engine(config)
     declare(whole, config.out)
     with Live(board, console=console, refresh_per_second=2), Launcher(config.out, config.jobs) as launcher:
-        now = _run(config, engine, launcher, board, ledger, console)
+        now = _run(config, engine, launcher, board, books, console)
     draw_fields(config.out, sorted({cell.config.variant for cell in now.done}))
     page = report.write(config.out, config.out / "report")
     status = _close(console, config, now)
@@ -180,7 +180,7 @@ def _interruptible() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _ledger(config: SweepConfig, whole: Suite) -> Ledger:
+def ledger(config: SweepConfig, whole: Suite) -> Ledger:
     """The ledger of a suite. Failures that are to be run again count as unknown: those that stand now, and not what
     becomes of them in this sweep or in another one beside it."""
     from attnbench import budget, experiment, schedule, suite
