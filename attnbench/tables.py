@@ -36,6 +36,11 @@ def finished(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[(runs["status"] == "ok") & runs["chosen"].astype(bool)]
 
 
+def trained(runs: pd.DataFrame) -> pd.DataFrame:
+    """Finished runs of more than the single step that measuring a cost takes."""
+    return finished(runs)[lambda known: known["steps"] > 1]
+
+
 def leading_context(runs: pd.DataFrame) -> str | None:
     """The context in which most settings were run; of several, the one with most runs, then most steps."""
     known = finished(runs).dropna(subset=["nats_per_token"])
@@ -264,7 +269,7 @@ def places(runs: pd.DataFrame) -> pd.DataFrame:
         {"setting": setting, "context": context, "seeds": len(own)}
         | {name: own[name].mean() for name in ("row_start_nats", "first_row_nats", "interior_nats")}
         | {"row_start_excess": (own["row_start_nats"] - own["interior_nats"]).mean()}
-        for context, setting, own in groups(finished(runs).dropna(subset=["row_start_nats"]))
+        for context, setting, own in groups(trained(runs).dropna(subset=["row_start_nats"]))
     ]
     return pd.DataFrame(rows)
 
@@ -273,8 +278,8 @@ def regrets(source: str) -> Table:
     """Regret over the optimum on one synthetic source, by setting."""
 
     def make(runs: pd.DataFrame) -> pd.DataFrame:
-        known = runs[(runs["data"] == source) & runs["regret_nats_per_token"].notna()]
-        table = summary(known)
+        known = trained(runs)
+        table = summary(known[(known["data"] == source) & known["regret_nats_per_token"].notna()])
         if table.empty:
             return table
         return table[["setting", "context", "seeds", *_spread("regret_nats_per_token"), "nats_per_token"]]

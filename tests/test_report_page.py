@@ -123,6 +123,8 @@ def test_nothing_overflows_a_narrow_screen(browser: Browser, pages: dict[str, Pa
     with Visit(browser, pages[name], width=width) as page:
         page.locator("details").evaluate_all("(all) => all.forEach((one) => { one.open = true; })")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        for part in ("h1", "main section", "footer p"):
+            assert page.locator(part).first.evaluate("(one) => one.getBoundingClientRect().left") >= 12, "no margin"
 
 
 def test_tables_sort_by_number_both_ways_and_keep_what_was_not_run_last(
