@@ -1,4 +1,6 @@
-"""Attention by other libraries, each asked for by name: FlexAttention, xformers, NATTEN. They train on CUDA only.
+"""Attention by other libraries, each asked for by name: FlexAttention, xformers, NATTEN, flash-linear-attention.
+
+They train on CUDA only.
 
 "auto" takes none of them: they are tested on a CPU alone, as far as they run there.  Each has a function that lists
 every reason why it cannot serve a layer, and one that computes; the library is imported when first needed.
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -194,3 +197,55 @@ def _margin(q: Tensor, k: Tensor, v: Tensor, rows: tuple[int, int], cols: tuple[
 def _cut(x: Tensor, height: int, width: int, top: int, left: int, head_dim: int) -> Tensor:
     """The grid without margin and extra channels: (batch, …, …, heads, …) -> (batch, heads, seq, head_dim)."""
     return x[:, top : top + height, left : left + width, :, :head_dim].flatten(1, 2).transpose(1, 2)
+
+
+# --- flash-linear-attention: sums that fade, and those that do not ----------------------------------------------------
+
+
+def fla_reasons(scan: Scan, head_dim: int = 0, limit: int = 0) -> list[str]:
+    """Why flash-linear-attention (Yang & Zhang, package fla, 2024) cannot serve a layer.
+
+    limit: the widest head that the kernel takes; 0 for any, as its blocks are filled up.
+    """
+    reasons = _missing("fla", "gpu") + _missing("triton") + _no_cuda("its kernels are for CUDA")
+    if not scan.causal:
+        reasons.append(f"its kernels are causal: serves objective 'ar' only, not {scan.objective!r}")
+    if limit and head_dim > limit:
+        reasons.append(f"takes heads of at most {limit} channels, not {head_dim}")
+    return reasons
+
+
+def fla_kernel(name: str, q: Tensor) -> Callable[..., tuple[Tensor, Any]]:
+    """fla.ops.NAME.chunk_NAME, which takes (batch, seq, heads, …) and returns such and a state.
+
+    Raises ValueError for tensors that it cannot serve, whose device and dtype come late.
+    """
+    if q.dtype == torch.float64:
+        raise ValueError("backend 'fla' sums in float32, where float64 loses its digits; take blocked")
+    if q.device.type != "cuda":
+        raise ValueError(f"backend 'fla' has kernels for CUDA, and these tensors are on {q.device.type}; take blocked")
+    kernel: Callable[..., tuple[Tensor, Any]] = getattr(import_module(f"fla.ops.{name}"), f"chunk_{name}")
+    return kernel
+
+
+def _fla(name: str, **given: Tensor) -> Tensor:
+    # They scale by 1/√width unless told otherwise; ours is in q already, or in the features.
+    heads_later = {key: x.transpose(1, 2).contiguous() for key, x in given.items()}
+    out, _ = fla_kernel(name, given["q"])(**heads_later, scale=1.0)
+    return out.transpose(1, 2)
+
+
+def fla_decayed(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> Tensor:
+    """q_t S_t, S_t = exp(log_decay_t) ∘ S_{t-1} + k_t v_tᵀ; float32, its products TF32 where the GPU has it.
+
+    log_decay (batch or 1, heads, seq or 1, 1 or width); none where nothing fades.
+    """
+    if log_decay is None:
+        return _fla("simple_gla", q=q, k=k, v=v)
+    g = log_decay.expand(len(q), -1, q.shape[2], -1)
+    return _fla("simple_gla", q=q, k=k, v=v, g=g[..., 0]) if g.shape[-1] == 1 else _fla("gla", q=q, k=k, v=v, g=g)
+
+
+def fla_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
+    """The gated delta rule as recurrence.delta sums it; log_decay, beta (batch, heads, seq)."""
+    return _fla("gated_delta_rule", q=q, k=k, v=v, g=log_decay, beta=beta)

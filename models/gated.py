@@ -12,12 +12,13 @@ state (batch, heads, head_dim, head_dim).
 from __future__ import annotations
 
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import reference
+from . import backends, reference
 from .mixer import Layer
 from .recurrence import Recurrent, channelwise, decayed, delta
 from .registry import variant
@@ -30,6 +31,16 @@ gated = partial(variant, family="gated", time="O(n·d²)", memory="O(n·d)", obj
 class Fading(Recurrent):
     """Base: S_t = exp(log_decay_t) ∘ S_{t-1} + k_t v_tᵀ, out_t = q_t S_t / √d, root mean square 1."""
 
+    backends: ClassVar[tuple[str, ...]] = ("blocked", "fla")
+    fla_limit = 0
+    """Channels of the widest head that the kernel of flash-linear-attention takes; 0 for any."""
+
+    def refusals(self, backend: str) -> list[str]:
+        reasons = super().refusals(backend)
+        if backend == "fla":
+            reasons += backends.fla_reasons(self.layer.scan, self.layer.head_dim, self.fla_limit)
+        return reasons
+
     def log_decay(self, gates: Tensor | None, like: Tensor) -> Tensor:
         """(batch or 1, heads, seq or 1, 1 or head_dim), ≤ 0, in the dtype of `like`."""
         raise NotImplementedError
@@ -39,7 +50,8 @@ class Fading(Recurrent):
         return k
 
     def parallel(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None, **extras: Tensor) -> Tensor:
-        return normalised(self._sum(q * q.shape[-1] ** -0.5, self.key(k, gates), v, self.log_decay(gates, q)))
+        add = backends.fla_decayed if self.backend == "fla" else self._sum
+        return normalised(add(q * q.shape[-1] ** -0.5, self.key(k, gates), v, self.log_decay(gates, q)))
 
     def _sum(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
         return decayed(q, k, v, log_decay[..., 0], self.fitting()[0])
@@ -171,10 +183,14 @@ class DeltaNet(Discretised):
     """
 
     gates = 2
+    fla_limit = 256
 
     def parallel(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None, **extras: Tensor) -> Tensor:
         q, k, log_decay, beta = self._prepared(q, k, gates)
-        return normalised(delta(q * q.shape[-1] ** -0.5, k, v, log_decay, beta, self.fitting()[0]))
+        q = q * q.shape[-1] ** -0.5
+        if self.backend == "fla":
+            return normalised(backends.fla_delta(q, k, v, log_decay, beta))
+        return normalised(delta(q, k, v, log_decay, beta, self.fitting()[0]))
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None, **extras: Tensor) -> Tensor:
         _, _, log_decay, beta = self._prepared(q, k, gates)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import kernels, reference
+from . import backends, kernels, reference
 from .full import Dense
 from .mixer import Layer, Mixer
 from .recurrence import Recurrent, cut, decayed, summed
@@ -51,7 +51,7 @@ class Linear(Recurrent):
     """
 
     carries = frozenset({"embed"})  # φ(q)·φ(k) of rotated queries and keys would not depend on the offset alone
-    backends: ClassVar[tuple[str, ...]] = ("compiled", "blocked")
+    backends: ClassVar[tuple[str, ...]] = ("compiled", "blocked", "fla")
     floor = 1e-6
 
     def __init__(self, layer: Layer, *, chunk: int = 0) -> None:
@@ -60,6 +60,8 @@ class Linear(Recurrent):
 
     def refusals(self, backend: str) -> list[str]:
         reasons = super().refusals(backend)
+        if backend == "fla" and not reasons:
+            return backends.fla_reasons(self.layer.scan)
         if backend != "compiled" or reasons:
             return reasons
         if not self.layer.scan.causal:
@@ -77,6 +79,8 @@ class Linear(Recurrent):
         if kernels.serves(self, q, k, v):
             return self.compiled(q, k, v)
         q, k, v = self.feature(q), self.feature(k), _with_ones(v)
+        if self.backend == "fla":
+            return self.normalised(backends.fla_decayed(q, k, v))
         if self.layer.scan.causal:
             return self.normalised(summed(q, k, v, min(self.chunk, q.shape[2])))
         return self.normalised(q @ (k.mT @ v))
@@ -123,7 +127,7 @@ class Performer(Linear):
     """
 
     carries = frozenset({"embed", "rotate"})
-    backends = ("blocked",)
+    backends = ("blocked", "fla")
     floor = 1e-30  # the ratios of a query and keys with no direction in common
     directions: Tensor  # (heads, features, head_dim)
 
@@ -148,8 +152,10 @@ class Performer(Linear):
         q, k = (q - q.detach().amax(-1, keepdim=True)).exp(), (k - peak).exp()
         if not causal:
             return self.normalised(q @ (k.mT @ v))
-        rise = F.pad(peak[:, :, :-1] - peak[:, :, 1:], (0, 0, 1, 0))[..., 0]
-        return self.normalised(decayed(q, k, v, rise, min(self.chunk, q.shape[2])))
+        rise = F.pad(peak[:, :, :-1] - peak[:, :, 1:], (0, 0, 1, 0))
+        if self.backend == "fla":
+            return self.normalised(backends.fla_decayed(q, k, v, rise))
+        return self.normalised(decayed(q, k, v, rise[..., 0], min(self.chunk, q.shape[2])))
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
         return reference.linear_attention(q, k, v, lambda x: self.log_feature(x).exp(), self.layer.scan.causal)
@@ -236,6 +242,8 @@ class Based(Linear):
     square has the width 1 + d + d(d + 1)/2: the state is O(d³) a head.  Within a chunk the weight is a function of the
     score; features are made for the states alone, and made anew in the backward pass for a group of chunks at a time,
     between which a state is kept: with as many slots a group as the map is wide, that is O(n·d).
+
+    No "fla": of that library's kernels for this map one is quadratic, the other takes heads of 16 channels at most.
     """
 
     carries = frozenset({"embed", "rotate"})

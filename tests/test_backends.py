@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import models
-from models import backends, geometry
+from models import backends, geometry, reference
 from models.geometry import Grid, Scan, matrix
 from models.orders import ORDERS
 from models.position import POSITIONS, Shape
@@ -142,3 +142,101 @@ def test_a_layer_with_flex_makes_its_mask_once(monkeypatch: pytest.MonkeyPatch) 
         mixer(*qkv(15))
         mixer(*qkv(15))
     assert len(made) == 1
+
+
+# --- flash-linear-attention -------------------------------------------------------------------------------------------
+
+FLA = [name for name, v in models.VARIANTS.items() if "fla" in getattr(v.cls, "backends", ())]
+
+
+def stand_in(name: str, q: Tensor) -> Any:
+    """What fla.ops.NAME.chunk_NAME computes, by our references: (batch, seq, heads, …), 1/√width unless told."""
+
+    def kernel(*, q: Tensor, k: Tensor, v: Tensor, g: Any = None, beta: Any = None, scale: Any = None) -> Any:
+        later = [None if x is None else x.transpose(1, 2) for x in (q, k, v, g, beta)]
+        q, k, v, g, beta = later  # type: ignore[assignment]
+        q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if name == "gated_delta_rule":
+            out = reference.delta_rule(q, k, v, g, beta)
+        else:
+            g = q.new_zeros(q.shape[:3]) if g is None else g
+            assert g.ndim == (4 if name == "gla" else 3)
+            out = reference.decayed_attention(q, k, v, g if name == "gla" else g[..., None])
+        return out.transpose(1, 2), None
+
+    return kernel
+
+
+def theirs(name: str, q: Tensor) -> Any:
+    """The library's own naive references, which run on a CPU but import Triton."""
+    import importlib
+
+    naive = getattr(importlib.import_module(f"fla.ops.{name}.naive"), f"naive_recurrent_{name}")
+
+    def kernel(*, scale: float, q: Tensor, v: Tensor, **given: Tensor) -> Any:
+        if name == "gla":  # knows no scale but its own
+            return naive(q=q * q.shape[-1] ** 0.5 * scale, v=v, k=given["k"], gk=given["g"])
+        if name == "simple_gla":
+            given.setdefault("g", v.new_zeros(v.shape[:3]))
+        return naive(q=q, v=v, **given, scale=scale)
+
+    return kernel
+
+
+def as_with_fla(name: str, kernel: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(backends, "find_spec", lambda module: object())
+    monkeypatch.setattr(backends, "fla_kernel", kernel)
+    return build(name, objective="ar", backend="fla").mixers[0]
+
+
+def fla_inputs(mixer: Any, dtype: torch.dtype) -> list[Tensor]:
+    torch.manual_seed(0)
+    widths = [16, 16, 16] + [mixer.gates] * bool(mixer.gates)
+    return [torch.randn(2, 2, 15, width, dtype=dtype, requires_grad=True) for width in widths]
+
+
+def pair(mixer: Any, given: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Output and gradients, of the mixer and of its oracle."""
+    both = []
+    for function in (mixer, mixer.oracle):
+        out = function(*given[:3], **({"gates": given[3]} if len(given) > 3 else {}))
+        torch.manual_seed(1)
+        both.append([out, *torch.autograd.grad((out * torch.randn_like(out)).sum(), given)])
+    return both[0], both[1]
+
+
+@pytest.mark.parametrize("name", FLA)
+def test_what_fla_is_given_makes_the_oracle(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer = as_with_fla(name, stand_in, monkeypatch)
+    assert mixer.backend == "fla"
+    ours, oracle = pair(mixer, fla_inputs(mixer, torch.float64))
+    for mine, true in zip(ours, oracle, strict=True):
+        assert_close(mine, true, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", FLA)
+def test_what_fla_computes_is_the_oracle(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("fla", "triton"):
+        pytest.importorskip(module)
+    mixer = as_with_fla(name, theirs, monkeypatch).float()
+    ours, oracle = pair(mixer, fla_inputs(mixer, torch.float32))
+    for mine, true in zip(ours, oracle, strict=True):
+        assert_close(mine, true, rtol=1e-3, atol=1e-4)
+
+
+def test_fla_names_every_reason_and_auto_does_not_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "find_spec", lambda module: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told = "; ".join(backends.fla_reasons(Scan(Grid(3, 5), "bert"), 512, 256))
+    for words in ("fla is not installed: pip install", "triton is not", "no CUDA device", "'ar' only", "at most 256"):
+        assert words in told
+    for name in FLA:
+        assert build(name, objective="ar").mixers[0].backend != "fla"
+        with pytest.raises(ValueError, match="fla is not installed"):
+            build(name, objective="ar", backend="fla")
+
+
+def test_fla_refuses_tensors_that_it_cannot_serve() -> None:
+    for dtype, words in ((torch.float64, "float32"), (torch.float32, "for CUDA, and these tensors are on cpu")):
+        with pytest.raises(ValueError, match=words):
+            backends.fla_decayed(*qkv(15, dtype=dtype))
