@@ -67,7 +67,7 @@ def rows(record: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         ("training cost", "train_flops_per_image", "{:.3e}", "FLOPs/image"),
         ("likelihood", "nats_per_token", "{:.4f}", "nats/token"),
         ("", "bits_per_token", "{:.4f}", "bits/token"),
-        ("", "bits_per_dim", "{:.4f}", "bits/dim" + ", at most: lossless" * bool(metrics.get("bits_per_dim_is_bound"))),
+        ("", "bits_per_dim", "{:.4f}", "bits/dim" + ", lossless bound" * bool(metrics.get("bits_per_dim_is_bound"))),
         ("regret", "regret_nats_per_token", "{:.4f}", "nats/token over the optimum"),
         ("best probe", "probe_accuracy_best", "{:.3f}", "accuracy"),
     )

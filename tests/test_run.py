@@ -147,7 +147,10 @@ BAD = {
     "side too large": (["--data.side", "99"], "99"),
     "unknown option": (["--variant", "local2d", "--model.options.radios", "2"], "did you mean 'radius'"),
     "palette too large": (["--data.tokens", "palette", "--data.colours", "5000"], "5000"),
-    "levels of colour": (["--data", "photos", "--data.tokens", "levels"], "palette"),
+    "levels of colour": (["--data", "photos", "--data.tokens", "levels"], "palette or subpixel"),
+    "sub-pixels of grey": (["--data.tokens", "subpixel"], "digits is grey"),
+    "source of one colour": (["--data", "source:above", "--data.levels", "1"], "2 to 256"),
+    "hub without owner": (["--data", "hub:cifar10"], "OWNER/NAME"),
     "own file missing": (["--variant", "nowhere:MyAttention"], "nowhere"),
 }
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import models
-from attnbench import experiment, sample
+from attnbench import cli, experiment, sample
 from attnbench.config import RunConfig
 from attnbench.draw import draw
 from attnbench.errors import Refusal
@@ -57,3 +58,25 @@ def test_the_command_draws_from_a_record(tmp_path: Path) -> None:
         assert np.asarray(Image.open(out)).std() > 10
     with pytest.raises(Refusal, match="cannot be read"):
         sample.main([str(tmp_path / "nothing.json")])
+
+
+@pytest.mark.parametrize("damage, words", [("truncated", "is damaged"), ("another shape", "of another shape")])
+def test_weights_that_are_not_the_runs_end_in_one_line(
+    damage: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = RunConfig.model_validate(
+        {"variant": "dense1d", "out": tmp_path, "measure": False, "train": {"steps": 1, "batch": 8},
+         "model": {"dim": 16, "depth": 1, "heads": 2}, "probe": {"enabled": False}, "evaluate": {"images": 4},
+         "sample": {"count": 0}}
+    )  # fmt: skip
+    path = experiment.execute(experiment.resolve(config))
+    weights = tmp_path / "artifacts" / path.stem / "weights.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-5])
+    else:
+        save_file(load_file(weights) | {"start_token": torch.zeros(17)}, weights)
+    capsys.readouterr()
+    assert cli.command(sample.main)([str(path), "--out", str(tmp_path / "sheet.png")]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+    assert not (tmp_path / "sheet.png").exists()
