@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import backends, geometry
+from . import backends, geometry, kernels
 from .geometry import Predicate
 from .mixer import Cache, ExactMixer, ScoreBias
 from .registry import variant
@@ -42,16 +42,20 @@ dense = partial(variant, family="dense", time="O(n²)", memory="O(n)")
 class Dense(ExactMixer):
     """softmax(QKᵀ/√d)V.
 
-    "sdpa": a fused kernel, O(n) memory, but a bias on the scores is laid out, n² values a head, and kept for the
-    backward pass.  "blocked": runs of 128 queries, whose scores and bias are made again in the backward pass and so are
-    never kept for longer than the run; what "auto" takes where there is a bias.  "math": the n² scores laid out.
+    "compiled": a C++ kernel for CPU, O(n) memory, without a bias.  "sdpa": a fused kernel, O(n) memory, but a bias on
+    the scores is laid out, n² values a head, and kept for the backward pass.  "blocked": runs of 128 queries, whose
+    scores and bias are made again in the backward pass and so are never kept for longer than the run; what "auto" takes
+    where there is a bias.  "math": the n² scores laid out.
     """
 
-    backends = ("sdpa", "blocked", "flex", "xformers", "math")
+    backends = ("compiled", "sdpa", "blocked", "flex", "xformers", "math")
 
     def refusals(self, backend: str) -> list[str]:
         if backend == "xformers":
             return backends.xformers_reasons(self.layer.scan, None, self.layer.biased)
+        if backend == "compiled":
+            biased = ["adds no bias to the scores"] if self.layer.biased else []
+            return biased + [reason for reason in [kernels.missing("full")] if reason]
         return [] if backend == "blocked" else super().refusals(backend)
 
     def _choose_backend(self, wanted: str) -> str:
@@ -65,6 +69,8 @@ class Dense(ExactMixer):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> Tensor:
         scan = self.layer.scan
+        if bias is None and kernels.serves(self, q, k, v):
+            return kernels.full(q, k, v, scan.causal)
         if self.backend == "sdpa" and bias is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=scan.causal)
         if self.backend == "sdpa":

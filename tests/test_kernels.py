@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from models import build, geometry, kernels, reference
+from models.full import Dense
 from models.geometry import Grid, Scan
 from models.kernels import compiler
 from models.linear import CosFormer, Linear
@@ -26,7 +27,7 @@ from models.mixer import Layer, Mixer
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 needs_compiler = pytest.mark.skipif(
-    any(map(kernels.missing, ("local2d", "linear"))), reason=str(kernels.missing("local2d"))
+    any(map(kernels.missing, ("local2d", "linear", "full"))), reason=str(kernels.missing("local2d"))
 )
 GRIDS = [(1, 1), (1, 7), (7, 1), (3, 5), (5, 3), (11, 13), (2, 37), (19, 17)]
 TOLERANCES = {torch.float64: (1e-12, 1e-10), torch.float32: (1e-5, 1e-4)}
@@ -67,6 +68,17 @@ def scanned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return kernels.linear(q, k, v, "elu+1")
 
 
+def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return kernels.full(q, k, v, True)
+
+
+def square(seq: int, causal: bool = True, shift: int = 0) -> Attend:
+    """The oracle of dense attention; `shift` moves its mask by so many slots, wrongly."""
+    mask = torch.ones(seq, seq, dtype=torch.bool)
+    mask = mask.tril().roll(shift, dims=1) | torch.eye(seq, dtype=torch.bool) if causal else mask
+    return lambda q, k, v: reference.softmax_attention(q, k, v, mask)
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("radius", [1, 3, 20])
@@ -99,6 +111,22 @@ def test_linear_equals_its_oracle(seq: int, dtype: torch.dtype) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("seq", [1, 2, 15, 17, 63, 64, 65, 131])
+def test_full_equals_its_oracle(seq: int, causal: bool, dtype: torch.dtype) -> None:
+    for dim in (1, 5, 16, 39):
+        assert_same(lambda q, k, v: kernels.full(q, k, v, causal), square(seq, causal), *inputs(2, 3, seq, dim, dtype))
+
+
+@needs_compiler
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_full_with_a_shifted_mask_is_noticed(shift: int) -> None:
+    with pytest.raises(AssertionError, match="not close"):
+        assert_same(whole, square(15, shift=shift), *inputs(1, 1, 15, 4))
+
+
+@needs_compiler
 def test_linear_takes_features_wider_than_values_and_keeps_to_the_floor() -> None:
     torch.manual_seed(0)
     q, k = (torch.rand(2, 2, 70, 37, dtype=torch.float64) for _ in range(2))
@@ -122,7 +150,7 @@ def test_linear_that_forgets_the_query_s_own_slot_is_noticed() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned])
+@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned, whole])
 def test_views_and_expanded_gradients_are_read_by_their_strides(attend: Attend) -> None:
     torch.manual_seed(0)
     trunk = torch.randn(2, 15, 3, 4, 8, dtype=torch.float64, requires_grad=True)  # as qkv lies in the trunk
@@ -137,7 +165,7 @@ def test_views_and_expanded_gradients_are_read_by_their_strides(attend: Attend) 
 
 
 @needs_compiler
-@pytest.mark.parametrize("attend", [local(9, 5, 2), scanned])
+@pytest.mark.parametrize("attend", [local(9, 5, 2), scanned, whole])
 def test_the_number_of_threads_changes_no_bit(attend: Attend) -> None:
     before, results = torch.get_num_threads(), []
     try:
@@ -153,7 +181,7 @@ def test_the_number_of_threads_changes_no_bit(attend: Attend) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned])
+@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned, whole])
 def test_operators_work_under_compile_and_with_fake_and_meta_tensors(attend: Attend) -> None:
     q, k, v = inputs(2, 2, 15, 4)
     for got, want in zip(
@@ -172,7 +200,7 @@ def test_operators_work_under_compile_and_with_fake_and_meta_tensors(attend: Att
 
 
 @needs_compiler
-@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned])
+@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned, whole])
 def test_what_is_no_number_is_not_hidden(attend: Attend) -> None:
     for index in range(3):
         given = [x.detach().clone() for x in inputs(1, 1, 15, 4)]
@@ -183,7 +211,8 @@ def test_what_is_no_number_is_not_hidden(attend: Attend) -> None:
 @needs_compiler
 def test_great_scores_neither_overflow_nor_vanish() -> None:
     q, k, v = (x.detach() for x in inputs(1, 2, 15, 4))
-    assert_close(local(3, 5, 2)(q * 1e3, k * 1e3, v), window(3, 5, 2)(q * 1e3, k * 1e3, v), rtol=1e-12, atol=1e-12)
+    for fast, slow in ((local(3, 5, 2), window(3, 5, 2)), (whole, square(15))):
+        assert_close(fast(q * 1e3, k * 1e3, v), slow(q * 1e3, k * 1e3, v), rtol=1e-12, atol=1e-12)
 
 
 # --- as a backend -----------------------------------------------------------------------------------------------------
@@ -193,6 +222,8 @@ def test_great_scores_neither_overflow_nor_vanish() -> None:
 def test_auto_takes_the_kernel_and_refuses_it_with_every_reason() -> None:
     assert Local2D(Layer(Scan(Grid(3, 5)), 2, 4)).backend == "compiled"
     assert Linear(Layer(Scan(Grid(3, 5)), 2, 4)).backend == "compiled"
+    assert Dense(Layer(Scan(Grid(3, 5), "bert", "hilbert"), 2, 4)).backend == "compiled"
+    assert Dense(Layer(Scan(Grid(3, 5)), 2, 4, biased=True)).refusals("compiled") == ["adds no bias to the scores"]
     mixer = Local2D(Layer(Scan(Grid(3, 5), "bert", "column"), 2, 4, biased=True))
     assert mixer.backend == "blocked"
     assert [reason.split()[0] for reason in mixer.refusals("compiled")] == ["serves", "reads", "adds"]
@@ -201,7 +232,7 @@ def test_auto_takes_the_kernel_and_refuses_it_with_every_reason() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("cls", [Local2D, Linear, CosFormer])
+@pytest.mark.parametrize("cls", [Local2D, Linear, CosFormer, Dense])
 def test_every_backend_agrees(cls: type[Mixer]) -> None:
     scan = Scan(Grid(5, 7))
     for name in ("compiled", "blocked"):

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .compiler import missing, unfit
+from .full import full
 from .linear import linear
 from .local2d import local2d
 
 if TYPE_CHECKING:
     from ..mixer import Mixer
 
-__all__ = ["linear", "local2d", "missing", "serves", "unfit"]
+__all__ = ["full", "linear", "local2d", "missing", "serves", "unfit"]
 
 
 def serves(mixer: Mixer, *tensors: Tensor) -> bool:

@@ -1,0 +1,321 @@
+// Softmax attention over all keys, or over those no later than the query: forward, and backward from mass and maximum.
+//
+// BLOCK queries are turned once into (dim, queries), so that the lanes of a vector are neighbouring queries: maximum,
+// exponential and mass need no sum across lanes, and keys and values are read as they lie, number by number.
+// Everything is then one product of matrices (see `product`) on squares of BLOCK queries by BLOCK keys:
+//     scores: K·Qᵀ     out: Vᵀ·P     dP: V·dOᵀ     dQ: Kᵀ·dS     dV: P·dO     dK: dS·Q
+// Of the square on the diagonal only what lies on or before it is computed, in steps of one vector of queries.
+// The backward pass computes the weights again: O(n·dim) memory.  Rounding depends on the shape alone.
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "simd.h"
+
+namespace {
+
+struct Problem {
+    int64_t batch, heads, seq, dim, causal;
+    double scale;  // of the scores: 1/√dim
+};
+
+constexpr int BLOCK = 64;                    // queries, and keys, of a square
+constexpr int SUMS = WIDEST >= 64 ? 24 : 12;  // vectors that a product keeps in registers
+
+template <typename T> struct Worker {
+    static constexpr int LANES = WIDEST / sizeof(T), VECTORS = BLOCK / LANES;
+    using S = Simd<T, LANES>;
+    using V = typename S::V;
+    using I = typename S::I;
+
+    const Problem& p;
+    const int64_t e;  // dim in whole vectors
+    const T scale;    // of the scores, which are in powers of two
+    std::vector<T> memory;
+    T *qt, *gt, *q, *g, *yt, *weights, *slopes, *peak, *mass, *delta;
+
+    Worker(const Problem& p, bool backward)
+        : p(p), e((p.dim + LANES - 1) / LANES * LANES), scale(T(1.4426950408889634074 * p.scale)) {
+        int64_t turned = e * BLOCK, square = BLOCK * BLOCK;
+        memory.resize((backward ? 5 : 2) * turned + (backward ? 2 : 1) * square + 3 * BLOCK);
+        T* at = memory.data();
+        auto take = [&at](int64_t count) { T* got = at; at += count; return got; };
+        qt = take(turned), yt = take(turned), weights = take(square);
+        peak = take(BLOCK), mass = take(BLOCK), delta = take(BLOCK);
+        if (backward) gt = take(turned), q = take(turned), g = take(turned), slopes = take(square);
+    }
+
+    // c[m][lane] += Σ_k a[m·m_step + k·k_step] b[k][lane] for M rows and N vectors; of the last vector `last` lanes count.
+    template <int M, int N>
+    static INLINE void tile(int64_t depth, const T* a, int64_t m_step, int64_t k_step, const T* b, int64_t b_pitch, T* c,
+                            int64_t c_pitch, int last) {
+        V sums[M][N]{};
+        for (int64_t k = 0; k < depth; k++) {
+            V row[N];
+            for (int n = 0; n < N; n++) row[n] = S::load(b + k * b_pitch + n * LANES);
+            for (int m = 0; m < M; m++) {
+                T x = a[m * m_step + k * k_step];
+                for (int n = 0; n < N; n++) sums[m][n] += x * row[n];
+            }
+        }
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < N; n++) {
+                T* to = c + m * c_pitch + n * LANES;
+                int count = n == N - 1 ? last : LANES;
+                S::store(to, S::load(to, count) + sums[m][n], count);
+            }
+    }
+
+    // The same for any number of rows.
+    template <int N>
+    static void rows(int64_t count, int64_t depth, const T* a, int64_t m_step, int64_t k_step, const T* b, int64_t b_pitch,
+                     T* c, int64_t c_pitch, int last) {
+        constexpr int M = N == 1 ? 16 * SUMS / 24 : SUMS / N;
+        for (; count >= M; count -= M, a += M * m_step, c += M * c_pitch)
+            tile<M, N>(depth, a, m_step, k_step, b, b_pitch, c, c_pitch, last);
+        for (; count >= 2; count -= 2, a += 2 * m_step, c += 2 * c_pitch)
+            tile<2, N>(depth, a, m_step, k_step, b, b_pitch, c, c_pitch, last);
+        if (count) tile<1, N>(depth, a, m_step, k_step, b, b_pitch, c, c_pitch, last);
+    }
+
+    // The same for any number of lanes.
+    static void product(int64_t count, int64_t lanes, int64_t depth, const T* a, int64_t m_step, int64_t k_step, const T* b,
+                        int64_t b_pitch, T* c, int64_t c_pitch) {
+        constexpr int WIDE = SUMS / 6;
+        while (lanes > 0) {
+            int64_t wide = lanes > (WIDE - 1) * LANES ? WIDE : lanes > LANES ? 2 : 1;
+            int last = int(std::min<int64_t>(LANES, lanes - (wide - 1) * LANES));
+            if (wide == WIDE) rows<WIDE>(count, depth, a, m_step, k_step, b, b_pitch, c, c_pitch, last);
+            else if (wide == 2) rows<2>(count, depth, a, m_step, k_step, b, b_pitch, c, c_pitch, last);
+            else rows<1>(count, depth, a, m_step, k_step, b, b_pitch, c, c_pitch, last);
+            lanes -= wide * LANES, b += wide * LANES, c += wide * LANES;
+        }
+    }
+
+    // `count` slots as rows of e numbers, as columns of BLOCK, or both; what is missing is zero.
+    void take(const T* from, int64_t stride, int64_t count, T* as_rows, T* as_columns, T factor) const {
+        for (int64_t t = 0; t < BLOCK; t += LANES)
+            for (int64_t d = 0; d < e; d += LANES) {
+                V a[LANES];
+                for (int i = 0; i < LANES; i++) {
+                    a[i] = t + i < count ? S::load(from + (t + i) * stride + d, int(std::min<int64_t>(LANES, p.dim - d))) : V{};
+                    if (as_rows) S::store(as_rows + (t + i) * e + d, a[i]);
+                }
+                S::transpose(a);
+                for (int i = 0; i < LANES; i++) S::store(as_columns + (d + i) * BLOCK + t, a[i] * factor);
+            }
+    }
+
+    // Columns of BLOCK, each query's times its factor, back to slots.
+    void put(const T* columns, T* to, int64_t stride, int64_t count, const T* factor) const {
+        for (int64_t t = 0; t < count; t += LANES) {
+            V times = S::load(factor + t);
+            for (int64_t d = 0; d < p.dim; d += LANES) {
+                V a[LANES];
+                for (int i = 0; i < LANES; i++) a[i] = S::load(columns + (d + i) * BLOCK + t) * times;
+                S::transpose(a);
+                for (int i = 0; i < LANES && t + i < count; i++)
+                    S::store(to + (t + i) * stride + d, a[i], int(std::min<int64_t>(LANES, p.dim - d)));
+            }
+        }
+    }
+
+    static INLINE V lane_numbers() {
+        V x{};
+        for (int i = 0; i < LANES; i++) x[i] = T(i);
+        return x;
+    }
+
+    // Calls part(vector, vectors, keys): whole, or on the diagonal each vector of queries with the keys it may see.
+    template <typename Part> static void parts(bool diagonal, int64_t keys, const Part& part) {
+        if (!diagonal) return part(0, VECTORS, keys);
+        for (int64_t v = 0; v < VECTORS && v * LANES < keys; v++) part(v, 1, std::min<int64_t>(keys, (v + 1) * LANES));
+    }
+
+    // square[key][query] = Σ_d a[key][d] · turned[d][query]
+    void scores(bool diagonal, int64_t keys, const T* a, int64_t stride, const T* turned, T* square) const {
+        std::fill_n(square, keys * BLOCK, T(0));
+        parts(diagonal, keys, [&](int64_t v, int64_t vectors, int64_t count) {
+            product(count, vectors * LANES, p.dim, a, stride, 1, turned + v * LANES, BLOCK, square + v * LANES, BLOCK);
+        });
+    }
+
+    // turned[d][query] += Σ_key a[key][d] · square[key][query]
+    void gather(bool diagonal, int64_t keys, const T* a, int64_t stride, const T* square, T* turned) const {
+        parts(diagonal, keys, [&](int64_t v, int64_t vectors, int64_t count) {
+            product(p.dim, vectors * LANES, count, a, 1, stride, square + v * LANES, BLOCK, turned + v * LANES, BLOCK);
+        });
+    }
+
+    // to[key][d] += Σ_query square[key][query] · as_rows[query][d]
+    void scatter(bool diagonal, int64_t keys, const T* square, const T* as_rows, T* to, int64_t stride) const {
+        if (!diagonal) return product(keys, p.dim, BLOCK, square, BLOCK, 1, as_rows, e, to, stride);
+        for (int64_t t = 0; t < keys; t += LANES)
+            product(std::min<int64_t>(LANES, keys - t), p.dim, BLOCK - t, square + t * BLOCK + t, BLOCK, 1, as_rows + t * e, e,
+                    to + t * stride, stride);
+    }
+
+    // Scores of a vector of queries to weights: exp2(score - peak), 0 for keys beyond `seen`; those computed are masked.
+    INLINE V weight(T* at, V top, int64_t key, int64_t vector, bool diagonal) const {
+        V w = S::exp2(S::load(at) - top);
+        if (diagonal && key >= vector * LANES) w = lane_numbers() >= T(key - vector * LANES) ? w : V{};
+        S::store(at, w);
+        return w;
+    }
+
+    // One square more for the running maximum, mass and sum.
+    void attend(bool diagonal, int64_t keys, const T* k, int64_t k_stride, const T* v, int64_t v_stride) const {
+        scores(diagonal, keys, k, k_stride, qt, weights);
+        parts(diagonal, keys, [&](int64_t first, int64_t vectors, int64_t count) {
+            for (int64_t n = first; n < first + vectors; n++) {
+                T* at = weights + n * LANES;
+                V before = S::load(peak + n * LANES), top = before;
+                for (int64_t j = 0; j < count; j++) {
+                    V x = S::load(at + j * BLOCK);
+                    if (diagonal && j >= n * LANES) x = lane_numbers() >= T(j - n * LANES) ? x : top;
+                    top = S::max(x, top);
+                }
+                V fade = S::exp2(before - top), total = S::load(mass + n * LANES) * fade;
+                for (int64_t j = 0; j < count; j++) total += weight(at + j * BLOCK, top, j, n, diagonal);
+                S::store(peak + n * LANES, top), S::store(mass + n * LANES, total);
+                for (int64_t d = 0; d < p.dim; d++)
+                    S::store(yt + d * BLOCK + n * LANES, S::load(yt + d * BLOCK + n * LANES) * fade);
+            }
+        });
+        gather(diagonal, keys, v, v_stride, weights, yt);
+    }
+
+    // Calls square(first key, number of keys, whether on the diagonal) for all that the block of queries sees.
+    template <typename Square> void squares(int64_t first, const Square& square) const {
+        for (int64_t key = 0; key < (p.causal ? first : p.seq); key += BLOCK)
+            square(key, std::min<int64_t>(BLOCK, p.seq - key), false);
+        if (p.causal) square(first, std::min<int64_t>(BLOCK, p.seq - first), true);
+    }
+
+    void forward(int64_t b, int64_t h, int64_t first, const View<T> (&in)[3], const View<T>& out, T* stats) const {
+        const T *k = in[1].at(b, h), *v = in[2].at(b, h);
+        int64_t count = std::min<int64_t>(BLOCK, p.seq - first);
+        take(in[0].at(b, h) + first * in[0].slot, in[0].slot, count, nullptr, qt, scale);
+        std::fill_n(yt, e * BLOCK, T(0)), std::fill_n(mass, BLOCK, T(0));
+        std::fill_n(peak, BLOCK, std::numeric_limits<T>::lowest());
+        squares(first, [&](int64_t key, int64_t keys, bool diagonal) {
+            attend(diagonal, keys, k + key * in[1].slot, in[1].slot, v + key * in[2].slot, in[2].slot);
+        });
+        T* at = stats + (b * p.heads + h) * 2 * p.seq + first;
+        for (int64_t t = 0; t < count; t++) {
+            mass[t] = T(1) / mass[t];
+            at[t] = peak[t], at[p.seq + t] = mass[t];
+        }
+        put(yt, out.at(b, h) + first * out.slot, out.slot, count, mass);
+    }
+
+    // A block of queries: what it needs turned, and Σ_d of gradient times output.
+    void take_block(int64_t b, int64_t h, int64_t first, const View<T> (&in)[5], const T* stats) const {
+        int64_t count = std::min<int64_t>(BLOCK, p.seq - first);
+        take(in[0].at(b, h) + first * in[0].slot, in[0].slot, count, q, qt, scale);
+        take(in[3].at(b, h) + first * in[3].slot, in[3].slot, count, g, gt, T(1));
+        const T *out = in[4].at(b, h) + first * in[4].slot, *at = stats + (b * p.heads + h) * 2 * p.seq + first;
+        std::fill_n(peak, BLOCK, T(0)), std::fill_n(mass, BLOCK, T(0)), std::fill_n(delta, BLOCK, T(0));
+        for (int64_t t = 0; t < count; t++) {
+            V total{};
+            for (int64_t d = 0; d < p.dim; d += LANES)
+                total += S::load(g + t * e + d) *
+                         S::load(out + t * in[4].slot + d, int(std::min<int64_t>(LANES, p.dim - d)));
+            peak[t] = at[t], mass[t] = at[p.seq + t], delta[t] = S::sum(total);
+        }
+    }
+
+    // weights, and slopes = weights · (dP - delta) · 1/√dim
+    void slope(bool diagonal, int64_t keys) const {
+        parts(diagonal, keys, [&](int64_t first, int64_t vectors, int64_t count) {
+            for (int64_t n = first; n < first + vectors; n++) {
+                V top = S::load(peak + n * LANES), share = S::load(mass + n * LANES), less = S::load(delta + n * LANES);
+                V factor = share * T(p.scale);
+                for (int64_t j = 0; j < count; j++) {
+                    T *at = weights + j * BLOCK + n * LANES, *to = slopes + j * BLOCK + n * LANES;
+                    V w = weight(at, top, j, n, diagonal);
+                    S::store(at, w * share);
+                    S::store(to, w * factor * (S::load(to) - less));
+                }
+            }
+        });
+    }
+
+    void backward(int64_t b, int64_t h, const View<T> (&in)[5], const View<T> (&grad)[3], const T* stats) const {
+        const T *k = in[1].at(b, h), *v = in[2].at(b, h);
+        T *dk = grad[1].at(b, h), *dv = grad[2].at(b, h), one[BLOCK];
+        std::fill_n(one, BLOCK, T(1));
+        for (int64_t t = 0; t < p.seq; t++)
+            std::fill_n(dk + t * grad[1].slot, p.dim, T(0)), std::fill_n(dv + t * grad[2].slot, p.dim, T(0));
+        for (int64_t first = 0; first < p.seq; first += BLOCK) {
+            take_block(b, h, first, in, stats);
+            std::fill_n(yt, e * BLOCK, T(0));
+            squares(first, [&](int64_t key, int64_t keys, bool diagonal) {
+                const T *k_at = k + key * in[1].slot, *v_at = v + key * in[2].slot;
+                scores(diagonal, keys, k_at, in[1].slot, qt, weights);
+                scores(diagonal, keys, v_at, in[2].slot, gt, slopes);
+                slope(diagonal, keys);
+                scatter(diagonal, keys, weights, g, dv + key * grad[2].slot, grad[2].slot);
+                scatter(diagonal, keys, slopes, q, dk + key * grad[1].slot, grad[1].slot);
+                gather(diagonal, keys, k_at, in[1].slot, slopes, yt);
+            });
+            put(yt, grad[0].at(b, h) + first * grad[0].slot, grad[0].slot, std::min<int64_t>(BLOCK, p.seq - first), one);
+        }
+    }
+};
+
+// Calls work(worker, job) for every job; returns 1 where memory does not suffice.
+template <typename T, typename Work> int run(const Problem& p, bool backward, int threads, int64_t jobs, const Work& work) {
+    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, jobs)));
+    std::vector<std::unique_ptr<Worker<T>>> workers(threads);
+    try {
+        for (auto& worker : workers) worker = std::make_unique<Worker<T>>(p, backward);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t job = 0; job < jobs; job++) {
+#ifdef _OPENMP
+        work(*workers[omp_get_thread_num()], job);
+#else
+        work(*workers[0], job);
+#endif
+    }
+    return 0;
+}
+
+template <typename T> int forward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
+    View<T> in[3] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}}, out(at[3], strides[3]);
+    int64_t images = p.batch * p.heads, blocks = (p.seq + BLOCK - 1) / BLOCK;
+    return run<T>(p, false, threads, images * blocks, [&](Worker<T>& worker, int64_t job) {
+        int64_t image = job % images, block = blocks - 1 - job / images;  // the longest first
+        worker.forward(image / p.heads, image % p.heads, block * BLOCK, in, out, static_cast<T*>(at[4]));
+    });
+}
+
+template <typename T> int backward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
+    View<T> in[5] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}, {at[3], strides[3]}, {at[4], strides[4]}};
+    View<T> grad[3] = {{at[5], strides[5]}, {at[6], strides[6]}, {at[7], strides[7]}};
+    return run<T>(p, true, threads, p.batch * p.heads, [&](Worker<T>& worker, int64_t job) {
+        worker.backward(job / p.heads, job % p.heads, in, grad, static_cast<const T*>(at[8]));
+    });
+}
+
+}  // namespace
+
+// shape: batch, heads, seq, dim, causal; then the scale of scores.  Returns 0, or 1 where memory does not suffice.
+// forward: q, k, v, out, stats (batch, heads, 2, seq).  backward: q, k, v, gradient of out, out, dq, dk, dv, stats.
+#define EXPORT(name, T, type)                                                                                       \
+    extern "C" int full_##name##_##type(const int64_t* s, double scale, int threads, void** at,                   \
+                                         const int64_t (*strides)[3]) {                                            \
+        Problem p{s[0], s[1], s[2], s[3], s[4], scale};                                                            \
+        return name<T>(p, threads, at, strides);                                                                    \
+    }
+EXPORT(forward, float, float32)
+EXPORT(forward, double, float64)
+EXPORT(backward, float, float32)
+EXPORT(backward, double, float64)
