@@ -50,7 +50,10 @@ def ray(gpus: int, give_up: Callable[[Cell, str], Outcome]) -> Engine[Cell, Outc
         )
 
     def engine(cells: Iterable[Cell], run_one: Callable[[Cell], Outcome]) -> Iterator[Outcome]:
-        task = cluster.remote(run_one).options(num_cpus=threads(), num_gpus=gpus, max_retries=RETRIES)
+        def call(cell: Cell) -> Outcome:  # a function, which alone can be made remote
+            return run_one(cell)
+
+        task = cluster.remote(call).options(num_cpus=threads(), num_gpus=gpus, max_retries=RETRIES)
         waiting = {task.remote(cell): cell for cell in cells}
         try:
             while waiting:

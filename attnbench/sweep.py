@@ -265,6 +265,8 @@ def draw_fields(out: Path, names: list[str]) -> None:
 
 def _close(console: Any, config: SweepConfig, now: Schedule) -> int:
     """Says how it ended: a line for every way in which cells failed, with the command that does something about it."""
+    if not console.is_terminal:
+        console.print()  # a table that cannot be redrawn stands there without its line's end
     ends = Counter(done["status"] for cell in (*now.failed, *now.done) if (done := _record(config, cell)))
     twice = {
         "memory": config.limits.bytes and f"{2 * config.limits.bytes}B",

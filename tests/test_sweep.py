@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,11 +18,13 @@ from typing import Any
 import pytest
 import yaml
 
-from attnbench import board, budget, cli, record, schedule, suite, sweep
+from attnbench import board, budget, cli, record, report, schedule, suite, sweep
 from attnbench.attempt import Outcome, Task
+from attnbench.claim import Launcher
 from attnbench.config import RunConfig
 from attnbench.suite import Cell
 from tests import synthetic_records as synthetic
+from tests.test_attempt import wait_for
 
 TINY = {"model": {"dim": 16, "depth": 1, "heads": 2}, "train": {"steps": 2, "batch": 4},
         "evaluate": {"images": 8}, "probe": {"enabled": False}, "sample": {"count": 0}, "measure": False}  # fmt: skip
@@ -255,6 +259,118 @@ def test_the_board_counts_and_estimates() -> None:
     shown.end(Outcome(cells[5], "stopped", 20.0))
     assert (shown.done, shown.failed, shown.running) == (4, 1, {})
     assert shown.left == pytest.approx(8 * 15 / 2)
+
+
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Cells that end at once, as `status` says and by `count` of them, and what they were told; no report."""
+    found: dict[str, Any] = {"status": "ok", "count": 0}
+
+    def run_cell(task: Task, **told: Any) -> Outcome:
+        found.update(told, count=found["count"] + 1)
+        done = synthetic.one("dense1d", seed=task.cell.config.seed, status=found["status"])
+        record.write(task.cell.config.out, done | {"id": record.identify(task.cell.config), "nth": found["count"]})
+        return Outcome(task.cell, found["status"], 1.0)
+
+    monkeypatch.setattr(sweep, "run_cell", run_cell)
+    monkeypatch.setattr(sweep, "draw_fields", lambda out, names: None)
+    monkeypatch.setattr(report, "write", lambda out, page: page)
+    return found
+
+
+def test_cells_at_a_time_share_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faked: dict[str, Any]
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(sweep, "threads", lambda: 7)
+    assert swept(written(tmp_path), tmp_path / "a", "--jobs", "3") == 0
+    assert faked["threads"] == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    faked.pop("threads")
+    assert swept(written(tmp_path), tmp_path / "b", "--jobs", "3") == 0
+    assert "threads" not in faked, "who sets it means it"
+
+
+@pytest.mark.promise("cells")
+@pytest.mark.parametrize("kind", ["crash", "timeout", "oom", "nan"])
+def test_a_sweep_says_what_to_do_and_doing_it_runs_those_again_once(
+    tmp_path: Path, faked: dict[str, Any], capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    name, out = written(tmp_path), tmp_path / "out"
+    limits = ["--limits.memory", "1GB", "--limits.time", "1m"]
+    faked["status"] = kind
+    assert swept(name, out, *limits) == (0 if kind == "nan" else 1)
+    said = [line for line in capsys.readouterr().out.splitlines() if "python -m attnbench.sweep" in line]
+    assert len(said) == 1 and said[0].startswith("2 ")
+    assert faked["count"] == 2
+    assert swept(name, out, *limits) == (0 if kind == "nan" else 1)
+    assert faked["count"] == 2, "not without being asked"
+    words = shlex.split(said[0].partition("python -m attnbench.sweep ")[2].partition(" (")[0])
+    capsys.readouterr()
+    assert cli.command(sweep.main)(words) == (0 if kind == "nan" else 1)
+    assert faked["count"] == (2 if kind == "nan" else 4), "a second failure is not run a third time"
+    if kind in ("oom", "timeout"):
+        assert faked["limits"].bytes == (2 if kind == "oom" else 1) * 10**9
+        assert faked["limits"].seconds == (120 if kind == "timeout" else 60)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_watching_shows_what_others_run_ends_with_them_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faked: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(board, "PERIOD", 0.02)
+    boards: list[board.Board] = []
+
+    def follow(shown: board.Board, *rest: Any) -> schedule.Schedule:
+        boards.append(shown)
+        return board.follow(shown, *rest)
+
+    monkeypatch.setattr(sweep, "follow", follow)
+    name, out = written(tmp_path), tmp_path / "out"
+    whole = suite.load(name)
+    config = sweep.SweepConfig(suite=name, out=out, device="cpu")
+    cells = sweep.ledger(config, whole).stand().ready
+    statuses: list[int] = []
+    watcher = threading.Thread(target=lambda: statuses.append(swept(name, out, "--watch")))
+    watcher.start()
+    wait_for(lambda: boards and "nobody runs it" in boards[0].note)
+    assert not out.exists()
+    with Launcher(out, 2, beat=0.02) as launcher:
+        for one in cells:
+            assert launcher.acquire(record.identify(one.config)) is not None
+            launcher.note(record.identify(one.config), "train 7")
+        wait_for(lambda: boards[0].lines() == {board.title(one): "train 7" for one in cells})
+        assert not boards[0].note and watcher.is_alive()
+        for one in cells:
+            record.write(out, synthetic.one("dense1d") | {"id": record.identify(one.config)})
+            launcher.give_back(record.identify(one.config), 3.0)
+    watcher.join(30)
+    assert statuses == [0]
+    assert (boards[0].done, boards[0].total) == (2, 2)
+    before = contents(out)
+    assert swept(name, out, "--watch") == 0
+    assert contents(out) == before and before
+
+
+def test_sweeps_beside_one_another_wait_for_what_the_other_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faked: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(sweep, "POLL", 0.02)
+    name, out = written(tmp_path), tmp_path / "out"
+    first, second = sweep.ledger(sweep.SweepConfig(suite=name, out=out, device="cpu"), suite.load(name)).stand().ready
+    statuses: list[int] = []
+    with Launcher(out) as other:
+        assert other.acquire(record.identify(first.config)) is not None
+        beside = threading.Thread(target=lambda: statuses.append(swept(name, out)))
+        beside.start()
+        wait_for(lambda: record.find(out, record.identify(second.config)))
+        time.sleep(0.1)
+        assert beside.is_alive() and faked["count"] == 1
+    beside.join(30)
+    assert (statuses, faked["count"]) == ([0], 2)
 
 
 @pytest.mark.parametrize(
