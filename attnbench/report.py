@@ -40,6 +40,8 @@ class Declared:
 
     suites: list[Any]
     notes: list[str]
+    swept: tuple[str, ...] = ()
+    """Names of the suites that were swept here, without those that another of them includes."""
 
 
 def declared(results: Path) -> Declared:
@@ -68,8 +70,10 @@ def declared(results: Path) -> Declared:
             notes.append(
                 f"Suite {name} was changed {len(versions) - 1} times since {versions[0][0]}; the last one counts."
             )
-    swept = {name for one in suites for name in (one.name, *one.includes)}
-    return Declared(suites + [one for one in suite.packaged() if one.name not in swept], notes)
+    included = {name for one in suites for name in one.includes}
+    swept = {one.name for one in suites} | included
+    others = [one for one in suite.packaged() if one.name not in swept]
+    return Declared(suites + others, notes, tuple(sorted(swept - included)))
 
 
 def write(results: Path, folder: Path, quick: bool = False) -> Path:
@@ -100,6 +104,7 @@ def write(results: Path, folder: Path, quick: bool = False) -> Path:
     links = page.anchors(runs)
     context: dict[str, Any] = {
         "count": len(records),
+        "commands": [f"python -m attnbench.sweep {name} --out {_named(results)}" for name in rules.swept],
         "failed": int((runs["status"] != "ok").sum()),
         "problems": problems,
         "notes": rules.notes,
@@ -117,6 +122,11 @@ def write(results: Path, folder: Path, quick: bool = False) -> Path:
     }
     storage.write_text(folder / "report.md", _render("report.md", context))
     return storage.write_text(folder / "index.html", _render("page.html", context))
+
+
+def _named(results: Path) -> str:
+    """The folder as a command names it, without what an absolute path tells of a machine."""
+    return results.name if results.is_absolute() else str(results)
 
 
 def _write_tables(folder: Path, runs: Any, front: Any, made: dict[str, Any], judged: Any, rules: Any) -> None:

@@ -38,7 +38,8 @@ def finished(runs: pd.DataFrame) -> pd.DataFrame:
 
 def trained(runs: pd.DataFrame) -> pd.DataFrame:
     """Finished runs of more than the single step that measuring a cost takes."""
-    return finished(runs)[lambda known: known["steps"] > 1]
+    known = finished(runs)
+    return known[known["steps"] > 1]
 
 
 def leading_context(runs: pd.DataFrame) -> str | None:

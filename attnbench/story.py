@@ -1,0 +1,145 @@
+"""`python -m attnbench.story`: the README's part that tells what the reference results say, from the records alone."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from attnbench import cli, storage
+from attnbench.config import RunConfig, Settings
+from attnbench.errors import Refusal
+
+BEGIN, END = "<!-- story -->", "<!-- end of story -->"
+
+
+class StoryConfig(Settings):
+    """Writes what the reference results say between two marks of the README."""
+
+    results: Path = Path("results/reference")
+    """Folder of results, with its report."""
+    readme: Path = Path("README.md")
+    """File that has the marks."""
+    suite: str = "reference"
+    """The suite that the results are to fill."""
+
+
+def text(results: Path, suite: str, root: Path) -> str:
+    """The story in Markdown, its links relative to the folder `root`. Raises Refusal where nothing was run."""
+    from attnbench import frame, page, record, report, tables, verdicts
+
+    records, _ = record.read_all(results)
+    runs = frame.frame(records)
+    front = tables.front(runs)
+    if front.empty:
+        raise Refusal(
+            f"{results} holds no finished run with a likelihood; python -m attnbench.sweep {suite} makes them"
+        )
+    here = results.relative_to(root)
+    cards = page.cards(verdicts.judge(runs, report.declared(results).suites))
+    commits = sorted({str(frame.part(r, "environment").get("commit") or "unknown")[:8] for r in records})
+    lines = [
+        f"Of {len(records)} runs (commits {', '.join(commits)}), in [{here}]({here}/report/report.md); "
+        f"`python -m attnbench.sweep {suite} --out {here}` makes them again, and goes on where they end.",
+        "",
+        *(_verdict(card) for card in cards),
+        "",
+        f"Every variant in the context that most were run in ({tables.leading_context(runs)}); ± is half of the 95 % "
+        "interval over seeds and test images, a rank is a range where intervals do not separate:",
+        "",
+        *_table(front),
+        "",
+        f"![Nats per token of {len(front)} settings against what they cost]({here}/report/figures/cost.png)",
+        "",
+        *_completions(results, here, runs),
+        "What of it has been run so far:",
+        "",
+        *_standing(results, suite),
+    ]
+    return "\n".join(lines)
+
+
+def _verdict(card: dict[str, Any]) -> str:
+    """A claim, its verdict and its numbers in a sentence."""
+    first = card["statements"][0]
+    why = f"; {first['why']}" if first["why"] and first["bar"] else ""
+    wrong = [s["correction"] for s in card["statements"] if s["correction"] and s is not first]
+    parts = "".join(f" Misstated in part: “{c['quote']}”. {c['truth']}" for c in wrong[:1])
+    return f"- **{card['claim']} {card['verdict']}.** {first['says']}: {first['effect']}{why}.{parts}"
+
+
+COLUMNS = ("setting", "rank", "seeds", "nats_per_token", "probe_accuracy_best", "train_flops_per_image",
+           "train_peak_bytes", "train_images_per_second", "sample_images_per_second", "state_bytes_per_image",
+           "pareto")  # fmt: skip
+
+
+def _table(front: Any) -> Iterator[str]:
+    from attnbench import page
+
+    spread = [name for name in front.columns if name.rpartition("_")[0] in COLUMNS and name.endswith(("_low", "_high"))]
+    shown = page.shown("front", "front", "", front[[*(n for n in COLUMNS if n in front), *spread]], "")
+    yield "| " + " | ".join(shown.heads) + " |"
+    yield "|---" * len(shown.heads) + "|"
+    for row in shown.rows:
+        yield "| " + " | ".join(field.text for field in row) + " |"
+
+
+def _completions(results: Path, here: Path, runs: Any) -> Iterator[str]:
+    """The completions of the setting of the least loss that left any."""
+    from attnbench import tables
+
+    known = tables.finished(runs)
+    known = known[known["context"] == tables.leading_context(runs)].sort_values("nats_per_token")
+    for _, run in known.iterrows():
+        if (results / "artifacts" / str(run["id"]) / "completions.png").exists():
+            yield f"![completions by {run['setting']}]({here}/artifacts/{run['id']}/completions.png)"
+            yield ""
+            yield f"Half-image completions by {run['setting']}: what it was shown, what it drew, what was true."
+            yield ""
+            return
+
+
+def _standing(results: Path, name: str) -> Iterator[str]:
+    """How far each suite that it includes has come; a cell that several share counts for the first."""
+    from attnbench import budget, experiment, record, schedule, suite
+    from models import VARIANTS
+
+    whole = suite.load(name)
+    known = {variant.name: variant.family for variant in VARIANTS.values()}
+    cells = suite.cells(whole, known, RunConfig(out=results, device="cpu"))
+    resolved = [cell.model_copy(update={"config": experiment.resolve(cell.config)}) for cell in cells]
+    now = schedule.schedule(
+        whole, resolved, lambda run: record.find(results, run), lambda run, limit: budget.fit(run, limit, results)
+    )
+    done, failed, ready = (
+        Counter(cell.block.partition("/")[0] for cell in part) for part in (now.done, now.failed, now.ready)
+    )
+    yield "| suite | runs done | failed | not run |"
+    yield "|---|---:|---:|---:|"
+    for part in whole.includes:
+        yield f"| {part} | {done[part]} | {failed[part]} | {ready[part]} |"
+    if now.waiting:
+        yield f"| of all, waiting for learning rates to be tuned or a speed to be measured | | | {now.waiting} |"
+
+
+def fill(readme: str, story: str) -> str:
+    """The README with that story between its marks. Raises Refusal without them."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise Refusal(f"the README has no {BEGIN} … {END}; put these two lines where the story belongs")
+    return f"{before}{begin}\n{story}\n{end}{after}"
+
+
+def main(argv: Iterable[str] | None = None) -> int:
+    config = cli.parse(StoryConfig, None if argv is None else list(argv), prog="attnbench.story")
+    root = config.readme.resolve().parent
+    story = text(config.results.resolve(), config.suite, root)
+    print(storage.write_text(config.readme, fill(config.readme.read_text(encoding="utf-8"), story)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.command(main)())

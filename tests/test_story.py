@@ -1,0 +1,72 @@
+"""What the README tells of the reference results is what their records say, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from attnbench import record, report, story
+from attnbench.errors import Refusal
+from tests import synthetic_records as synthetic
+
+ROOT = Path(__file__).parent.parent
+REFERENCE = ROOT / "results" / "reference"
+
+
+def test_the_readme_says_what_the_reference_records_say() -> None:
+    """After new records: python -m attnbench.report results/reference && python -m attnbench.story."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert story.fill(readme, story.text(REFERENCE, "reference", ROOT)) == readme
+
+
+def test_every_reference_record_is_sound_and_its_report_counts_them_all() -> None:
+    records, problems = record.read_all(REFERENCE)
+    assert problems == []
+    first = (REFERENCE / "report" / "report.md").read_text().splitlines()[0]
+    assert first.startswith(f"# attnbench: {len(records)} runs of `python -m attnbench.sweep ")
+    assert first.endswith(" --out results/reference`")
+    assert not [r["id"] for r in records if r["environment"]["dirty"]], "made by code that no commit holds"
+
+
+def test_the_reference_results_stay_small() -> None:
+    kept = [path for path in REFERENCE.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    assert 0 < sum(path.stat().st_size for path in kept) < 20e6
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    synthetic.write(tmp_path / "results", synthetic.study(3))
+    return tmp_path / "results"
+
+
+def test_another_record_another_story(results: Path) -> None:
+    before = story.text(results, "quick", results.parent)
+    assert "**C3 " in before and "| local2d | 1" in before
+    for path in sorted((results / "runs").glob("local2d-*.json")):
+        told = json.loads(path.read_text())
+        if told["per_image_nats"]:
+            told["per_image_nats"] = [nats + 1 for nats in told["per_image_nats"]]
+            told["metrics"]["nats_per_token"] += 1
+            record.write(results, told, replace=True)
+    after = story.text(results, "quick", results.parent)
+    assert "| local2d | 1" not in after and "| local2d | 6" in after
+
+
+def test_completions_are_those_of_the_best_that_left_any(results: Path) -> None:
+    known, _ = record.read_all(results)
+    one = next(r["id"] for r in known if r["variant"] == "dense2d" and r["config"]["train"]["steps"] == 250)
+    folder = results / "artifacts" / one
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "docs" / "pictures" / "completions.png", folder / "completions.png")
+    assert f"](results/artifacts/{one}/completions.png)" in story.text(results, "quick", results.parent)
+
+
+def test_a_readme_without_marks_and_results_without_runs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="put these two lines"):
+        story.fill("# no marks", "story")
+    with pytest.raises(Refusal, match="no finished run"):
+        story.text(tmp_path, "quick", tmp_path)
+    assert report.write(tmp_path, tmp_path / "report").exists()
