@@ -240,4 +240,6 @@ def _unknown(token: str, flags: Sequence[str]) -> str:
         return f"unexpected argument {token!r}; --help shows the usage"
     flag = token.partition("=")[0]
     near = schema.nearest_flag(flag, flags)
+    if near == flag:
+        return f"{flag} is no flag; give its value alone, without {flag}"
     return f"unknown flag {flag}; " + (f"did you mean {near}?" if near else "--help lists the flags")

@@ -156,7 +156,7 @@ def _sides(text: str) -> set[int]:
     except ValueError:
         raise Refusal(f"--sides {text!r} are no whole numbers; write --sides 16,32,64") from None
     if min(sides) < 1:
-        raise Refusal(f"--sides {text!r}: a side is at least 1")
+        raise Refusal(f"--sides {text!r}: a side is at least 1; write --sides 16,32,64")
     return sides
 
 

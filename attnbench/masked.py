@@ -110,7 +110,7 @@ def of_folder(folder: Path, name: str, root: Path | None = None) -> Subject:
 def masked(subject: Subject, variant: str, options: dict[str, Scalar], finetune: int, lr: float | None) -> RunConfig:
     """The settings of a cut. Raises Refusal for a variant that is no exact mask, and for an option that it lacks."""
     if not issubclass(variants.find(variant).cls, ExactMixer):
-        raise Refusal(f"{variant} is no softmax over visible pixels, which these weights were trained for")
+        raise Refusal(f"{variant} is no softmax over visible pixels, as these weights want; choose an exact mask")
     base = subject.config
     told: dict[str, Any] = {
         "variant": variant,

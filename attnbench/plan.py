@@ -74,7 +74,7 @@ class PlanConfig(Settings):
     @classmethod
     def _size(cls, value: str | None) -> str | None:
         if value is not None and TypeAdapter(ByteSize).validate_python(value) < 1:
-            raise ValueError("a size in bytes must be above 0")
+            raise ValueError("a size in bytes must be above 0; write --memory 24GB")
         return value
 
     @model_validator(mode="after")

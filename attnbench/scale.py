@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt, field_validator
 
 from attnbench import cli
 from attnbench.config import ModelConfig, RunConfig, Settings, TrainConfig
+from attnbench.errors import Refusal
 from attnbench.plan import PRESETS
 
 if TYPE_CHECKING:
@@ -45,6 +46,13 @@ class ScaleConfig(Settings):
     """Part of that speed which training reaches: an assumption, not a measurement."""
     out: Path = Path("docs/scale-figures.md")
     """Where the tables go."""
+
+    @field_validator("presets")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [name for name in names if name not in PRESETS]:
+            raise ValueError(f"there is no preset {unknown[0]!r}; choose from {', '.join(PRESETS)}")
+        return names
 
 
 def page(config: ScaleConfig) -> str:
@@ -120,6 +128,8 @@ def _hours(seconds: float) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     config = cli.parse(ScaleConfig, argv, prog="attnbench.scale")
+    if not config.variants:
+        raise Refusal("variants is missing; --help shows the usage")
     import torch
 
     from attnbench import storage

@@ -60,7 +60,7 @@ class SurgeryConfig(Settings):
     @classmethod
     def _whole_numbers(cls, text: str) -> str:
         if not all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
-            raise ValueError(f"radii {text!r} are not whole numbers with commas between, such as 1,2,3")
+            raise ValueError(f"radii {text!r} are not whole numbers; write them with commas between, such as 1,2,3")
         return text
 
     @property

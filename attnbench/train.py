@@ -71,7 +71,8 @@ def make_model(
             scan=config.scan, channels=channels, classes=classes, **settings.options,
         )  # fmt: skip
     except (ValueError, TypeError) as error:
-        raise Refusal(str(error)) from error
+        told = str(error)
+        raise Refusal(told if ";" in told or "did you mean" in told else f"{told}; choose another") from error
     if config.device != "cpu":
         model = model.to(config.device)
     if config.train.recompute:

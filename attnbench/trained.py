@@ -61,6 +61,8 @@ def load(path: Path, root: Path | None = None, own: str | None = None) -> Traine
     Raises Refusal: a record that is damaged or not "ok", settings of another version, artifacts missing or damaged, an
     own attention that is not named.
     """
+    if not path.exists():
+        raise Refusal(f"{path} cannot be read: there is no such file; name a run's record, OUT/runs/ID.json")
     done = record.read(path)
     if done.get("status") != "ok":
         raise Refusal(f"{path} is the record of a run that ended with {done.get('status')!r}; name a finished one")

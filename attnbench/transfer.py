@@ -46,7 +46,7 @@ class TransferConfig(Settings):
     @classmethod
     def _whole_numbers(cls, text: str) -> str:
         if not all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
-            raise ValueError(f"sides {text!r} are not whole numbers with commas between, such as 8,16,32")
+            raise ValueError(f"sides {text!r} are not whole numbers; write them with commas between, such as 8,16,32")
         return text
 
 

@@ -26,9 +26,11 @@ def find(name: str) -> Variant:
     if ":" not in name:
         raise Refusal(str(choose("variant", name, models.VARIANTS)))
     place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise Refusal(f"variant {name!r} names no class; write module:Class or path/to/file.py:Class")
     cls = getattr(_module(place), attribute, None)
     if not (isinstance(cls, type) and issubclass(cls, Mixer)):
-        raise Refusal(f"{place} has no class {attribute!r} that derives from models.Mixer")
+        raise Refusal(f"{place} has no class {attribute!r} that derives from models.Mixer; name one that does")
     register = models.variant(
         name,
         family=getattr(cls, "family", "own"),
@@ -47,6 +49,8 @@ def _module(place: str) -> ModuleType:
     """Imports a module by name, from the present folder too, or from a file by its path."""
     file = Path(place if place.endswith(".py") else place.replace(".", "/") + ".py")
     try:
+        if place.endswith(".py") and not file.exists():
+            raise ModuleNotFoundError("there is no such file")
         if not file.exists():
             return _installed(place)
         name = f"attnbench_own_{file.stem}"
@@ -62,7 +66,7 @@ def _module(place: str) -> ModuleType:
     except ModuleNotFoundError as error:
         raise Refusal(f"{place}: {error}; name a module that Python finds from here, or a file by its path") from error
     except Exception as error:
-        raise Refusal(f"{place} cannot be imported: {type(error).__name__}: {error}") from error
+        raise Refusal(f"{place} cannot be imported: {type(error).__name__}: {error}; mend it") from error
 
 
 def _installed(place: str) -> ModuleType:
