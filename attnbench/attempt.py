@@ -48,8 +48,8 @@ class LimitsConfig(Settings):
     """What a cell may use before it is ended. Not part of a run's identity."""
 
     memory: str | None = None
-    """Bytes that a cell may have beyond what its libraries take, such as 4GB: on CPU of the process (Linux only), on
-    CUDA of the GPU."""
+    """Bytes that a cell may have beyond what its libraries take, such as 4GB: on CPU of the process (Linux only;
+    more than the measured peak of training, for malloc keeps some of what is freed), on CUDA of the GPU."""
     time: str | None = None
     """How long a try may take, such as 90s, 30m or 2h; a further try goes on from where it stood."""
 
