@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +27,7 @@ PACKAGES = {  # distribution -> what brings it in
     "datasets": "extra hub", "transformers": "extra peers", "linear-attention-transformer": "extra peers",
     "performer-pytorch": "extra peers", "pytest": "extra test", "hypothesis": "extra test",
 }  # fmt: skip
-SMALL = {"height": 4, "width": 4, "vocab": 4, "dim": 32, "depth": 1, "heads": 1}
+SMALL: dict[str, Any] = {"height": 4, "width": 4, "vocab": 4, "dim": 32, "depth": 4, "heads": 1}
 """The model on which a backend is asked: the reasons hold for the machine, not for a size."""
 
 
@@ -92,8 +93,17 @@ def packages() -> Iterator[Row]:
             yield Row(name, "not installed", False if origin == "always" else None, origin)
 
 
-def backends(only: str | None = None) -> Iterator[Row]:
-    """Every variant with every backend that any variant has: `runs`, or the variant's own reasons why not.
+@dataclass(frozen=True)
+class Answer:
+    """How a variant runs here: the backend that "auto" picks, the others that run, and why the rest do not."""
+
+    picked: str
+    others: tuple[str, ...] = ()
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+def backends(only: str | None = None) -> dict[Answer, list[str]]:
+    """What the backends that each variant has answer here, with the variants of which it is true.
 
     Raises:
         Refusal: `only` is no variant.
@@ -104,20 +114,41 @@ def backends(only: str | None = None) -> Iterator[Row]:
 
     if only is not None and only not in models.VARIANTS:
         raise Refusal(str(choose("variant", only, models.VARIANTS)))
-    known = list(dict.fromkeys(b for v in models.VARIANTS.values() for b in getattr(v.cls, "backends", ())))
+    found: dict[Answer, list[str]] = {}
     for variant in models.VARIANTS.values():
         if only in (None, variant.name):
-            for backend in known if getattr(variant.cls, "backends", ()) else ["auto"]:
-                yield _ask(models.build, variant.name, backend, variant.objectives[0])
+            found.setdefault(ask(models.build, variant.name, variant.objectives[0]), []).append(variant.name)
+    return found
 
 
-def _ask(build: Callable[..., object], variant: str, backend: str, objective: str) -> Row:
+def ask(build: Callable[..., Any], variant: str, objective: str) -> Answer:
+    """What the mixers of a small model say of their backends."""
     try:
-        build(variant, **SMALL, objective=objective, backend=backend)
-    except Exception as error:  # whatever a backend dies of is its reason
+        model = build(variant, **SMALL, objective=objective)
+    except Exception as error:  # whatever it dies of is its reason
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        return Row(f"{variant} / {backend}", "no", None, reason)
-    return Row(f"{variant} / {backend}", "runs", True)
+        return Answer("none", refused=(("auto", reason),))
+    mixers = list(getattr(model, "mixers", ()))
+    named = dict.fromkeys(name for part in mixers or [model] for name in part.backends)
+    reasons = {name: dict.fromkeys(why for mixer in mixers for why in mixer.refusals(name)) for name in named}
+    picked = model.backend.split("+")
+    return Answer(
+        picked=" and ".join(picked),
+        others=tuple(name for name, why in reasons.items() if not why and name not in picked),
+        refused=tuple((name, "; ".join(why)) for name, why in reasons.items() if why),
+    )
+
+
+def backend_table(found: dict[Answer, list[str]]) -> Table:
+    """A row for all variants with the same answer."""
+    drawn = Table(title="backends", title_justify="left", header_style="bold", show_lines=True)
+    for heading in ("variants", "auto picks", "also runs", "does not run here"):
+        drawn.add_column(heading, overflow="fold")
+    for answer, names in found.items():
+        refused = "\n".join(f"[bold]{name}[/]: {_plain(reasons)}" for name, reasons in answer.refused)
+        style = "red" if answer.picked == "none" else "green"
+        drawn.add_row(", ".join(names), f"[{style}]{answer.picked}[/]", ", ".join(answer.others), refused)
+    return drawn
 
 
 def _first_line(path: str) -> str:
@@ -160,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     if missing:
         console.print("[red]something that attnbench always needs is missing: pip install -c constraints.txt -e .[/]")
         return 1
-    console.print(table("backends", backends(config.variant)))
+    console.print(backend_table(backends(config.variant)))
     return 0
 
 

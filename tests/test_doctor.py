@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -43,27 +43,40 @@ def test_a_torch_that_cannot_be_imported_is_a_finding(monkeypatch: pytest.Monkey
     assert row.good is False and "cannot be imported" in row.found
 
 
-def test_every_variant_runs_somewhere_and_every_refusal_has_its_reason() -> None:
-    rows = list(doctor.backends())
-    for name in models.VARIANTS:
-        assert any(row.good for row in rows if row.name.startswith(f"{name} / ")), name
-    assert all(row.note for row in rows if not row.good)
-    assert any(not row.good for row in rows)
+def test_every_variant_runs_and_every_refusal_has_its_reason() -> None:
+    found = doctor.backends()
+    named = [name for names in found.values() for name in names]
+    assert sorted(named) == sorted(models.VARIANTS), "each once"
+    assert all(answer.picked != "none" for answer in found)
+    reasons = [reason for answer in found for _, reason in answer.refused]
+    assert reasons and all(reasons)
+    assert len(found) < len(models.VARIANTS) / 2, "those with the same answer share a row"
+
+
+def test_what_it_says_of_a_backend_is_what_building_says() -> None:
+    for answer, names in doctor.backends().items():
+        for name in names:
+            objective = models.VARIANTS[name].objectives[0]
+            for backend, reasons in answer.refused:
+                with pytest.raises(ValueError, match=re.escape(reasons.split("; ")[0])):
+                    models.build(name, **doctor.SMALL, objective=objective, backend=backend)
+            for backend in answer.others:
+                models.build(name, **doctor.SMALL, objective=objective, backend=backend)
 
 
 def test_the_reason_is_the_variants_own() -> None:
-    def build(name: str, **settings: object) -> Iterator[int]:
-        raise ValueError(f"backend {settings['backend']!r} needs compute [8.0]")
+    def build(name: str, **settings: object) -> None:
+        raise ValueError("it needs compute [8.0]")
 
-    row = doctor._ask(build, "any", "fast", "ar")
-    assert not row.good and row.note == "backend 'fast' needs compute [8.0]"
-    cells = doctor.table("t", iter([row])).columns[2].cells
-    assert list(cells) == [r"backend 'fast' needs compute \[8.0]"]
+    answer = doctor.ask(build, "any", "ar")
+    assert answer == doctor.Answer("none", refused=(("auto", "it needs compute [8.0]"),))
+    cells = doctor.backend_table({answer: ["any"]}).columns[3].cells
+    assert list(cells) == [r"[bold]auto[/]: it needs compute \[8.0]"]
 
 
 def test_one_variant_alone_and_an_unknown_one(capsys: pytest.CaptureFixture[str]) -> None:
     first = next(iter(models.VARIANTS))
-    assert {row.name.split(" / ")[0] for row in doctor.backends(first)} == {first}
+    assert list(doctor.backends(first).values()) == [[first]]
     assert doctor.main(["--variant", first[:-1] + "x"]) == 2
     assert "did you mean" in capsys.readouterr().err
 
