@@ -169,6 +169,8 @@ def _try(task: Task, watch: Progress, limits: LimitsConfig, threads: int | None)
             tail.append(line.rstrip())
             watch(task.cell, line.strip())
         code = child.wait()
+        with contextlib.suppress(BrokenPipeError):  # what it never listened to is still waiting to be written
+            child.stdin.close()
     said = tuple(tail)
     name = record.identify(config)
     if code in (0, 1) and said and said[-1].endswith(f"{name}.json"):
