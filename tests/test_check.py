@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -118,14 +119,71 @@ def test_unknown_names_and_options_are_refused() -> None:
         check.main(["local2d", "--options.radios", "2"])
 
 
-def test_own_attention_from_a_file_outside(tmp_path: Path) -> None:
-    """What CONTRIBUTING walks through, run in a folder of its own as a user would."""
+def walked_through(folder: Path) -> None:
+    """Leaves the file that CONTRIBUTING walks through in `folder`, as a user would."""
     source = Path(__file__).parent.parent / "CONTRIBUTING.md"
     example = source.read_text().split("```python\n# my_attention.py\n")[1].split("```")[0]
     assert len([line for line in example.splitlines() if line.strip()]) <= 16
-    (tmp_path / "my_attention.py").write_text(example)
+    (folder / "my_attention.py").write_text(example)
+
+
+def test_own_attention_from_a_file_outside(tmp_path: Path) -> None:
+    walked_through(tmp_path)
     command = [sys.executable, "-m", "attnbench.check", "my_attention:MyAttention", "--out", "rf"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 failed" in done.stdout
     assert (tmp_path / "rf" / "my_attention-MyAttention.png").stat().st_size > 5000
+
+
+OWN_SUITE = """question: Does mine do better?
+blocks:
+  - name: mine
+    variants: ["my_attention:MyAttention"]
+    seeds: 1
+    settings:
+      data: {name: digits}
+      model: {dim: 16, depth: 1, heads: 1}
+      train: {steps: 2, batch: 8, warmup: 1}
+      evaluate: {images: 8}
+      probe: {enabled: false}
+      sample: {count: 0}
+      measure: false
+"""
+
+
+def commanded(folder: Path, *commands: str) -> None:
+    """Runs commands one after the other in one process, in `folder`: each alone would import torch first."""
+    script = "import importlib, sys\nfrom attnbench import cli\n"
+    for name, *told in map(str.split, commands):
+        script += f"assert not cli.command(importlib.import_module('attnbench.{name}').main)({told}), '{name}'\n"
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def recorded(folder: Path) -> list[tuple[str, str]]:
+    records = [json.loads(path.read_text()) for path in folder.rglob("*.json")]
+    return [(record["variant"], record["status"]) for record in records if "variant" in record]
+
+
+def test_own_attention_through_run_sweep_and_report(tmp_path: Path) -> None:
+    walked_through(tmp_path)
+    (tmp_path / "mine.yaml").write_text(OWN_SUITE)
+    small = "--model.dim 16 --model.depth 1 --model.heads 1 --train.steps 2 --train.batch 8 --train.warmup 1"
+    commanded(
+        tmp_path,
+        f"run --variant my_attention:MyAttention {small} --no-measure --sample.count 2 --evaluate.images 8",
+        "sweep mine.yaml",
+        "report results --out page",
+    )
+    assert recorded(tmp_path / "results" / "runs") == [("my_attention:MyAttention", "ok")] * 2
+    for name in ("front.csv", "index.html"):
+        assert "my_attention:MyAttention" in (tmp_path / "page" / name).read_text()
+
+
+@pytest.mark.soak
+def test_own_attention_through_cost(tmp_path: Path) -> None:
+    walked_through(tmp_path)
+    commanded(tmp_path, "cost --variants my_attention:MyAttention --sides 3 --budget 0.1 --out costs")
+    mine = [status for variant, status in recorded(tmp_path / "costs") if variant == "my_attention:MyAttention"]
+    assert mine == ["ok"] * 2, "attention alone, and a step"
