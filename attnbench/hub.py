@@ -91,7 +91,7 @@ def read(name: str, root: Path | None = None, revision: str | None = None) -> Re
     if root is None:
         if Path(name).exists():  # which the library would take for it
             raise Refusal(f"hub:{name}: a folder of that name stands here; start elsewhere, or name it by --data.root")
-        _check_reachable(name)
+        check_reachable(name)
         library = _library(name)
         revision = _commit(name, revision)
         found = _splits(library, name, name, revision)
@@ -113,7 +113,7 @@ def read(name: str, root: Path | None = None, revision: str | None = None) -> Re
     return Repository(parts, classes, revision)
 
 
-def _check_reachable(name: str) -> None:
+def check_reachable(name: str) -> None:
     """Raises Refusal, within PATIENCE, where the hub does not answer or is not to be asked."""
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     told = {os.environ.get(variable, "").upper() for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}

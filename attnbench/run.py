@@ -13,6 +13,11 @@ from attnbench.config import RunConfig
 
 def main(argv: list[str] | None = None) -> int:
     config = cli.parse(RunConfig, argv, prog="attnbench.run")
+    scheme, _, name = config.data.name.partition(":")
+    if scheme == "hub" and config.data.root is None:
+        from attnbench import hub
+
+        hub.check_reachable(name)  # at once, not after torch was imported
     from attnbench import distributed, experiment  # after parsing: --help and a wrong flag answer at once
 
     config = experiment.resolve(config)

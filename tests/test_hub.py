@@ -212,6 +212,17 @@ def test_code_that_comes_with_a_data_set_is_never_run(folder: Path) -> None:
 # --- the hub itself ---------------------------------------------------------------------------------------------------
 
 
+def test_a_run_says_so_before_it_imports_torch() -> None:
+    script = (
+        "import sys\nfrom attnbench import cli, run\n"
+        "assert cli.command(run.main)(['--data', 'hub:owner/name']) == 2\nassert 'torch' not in sys.modules"
+    )
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=offline, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "HF_HUB_OFFLINE" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_out_of_reach_is_said_within_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the network takes to say no, and without the library, which alone takes a second to import."""
     monkeypatch.setattr(hub, "_library", lambda name: pytest.fail("the library was imported"))
