@@ -223,19 +223,28 @@ def _resident_peak() -> int:
 
 
 def _measure_memory(told: dict[str, Any]) -> dict[str, Any]:
-    """Two training steps of the real model, after two of the same with one layer, which load what the libraries need.
-
-    The rehearsal has the whole batch, because matrix products of another size use other code; code is memory too.
-    """
+    """Two training steps of the real model, after two that load what the libraries need."""
     request = Request.parse(told)
-    config = request.config
-    single, eager = {"depth": 1}, {"compile": False}
-    rehearsal = {"model": config.model.model_copy(update=single), "train": config.train.model_copy(update=eager)}
     batches = _batches(request)
-    _train(Request(config.model_copy(update=rehearsal), *request.shape), batches[:2])
-    meter = PeakMeter(config.device)
+    _train(_rehearsal(request), batches[:2])
+    meter = PeakMeter(request.config.device)
     _train(request, batches[:2])
     return {"peak_bytes": meter.bytes()}
+
+
+def _rehearsal(request: Request) -> Request:
+    """The same with one layer, and eager; the whole where layers are no blocks of one kind, as a CNN's.
+
+    It has the whole batch, because products of another size use other code; code is memory too, and each convolution
+    of another shape is compiled anew, which for a small ResNet was a seventh of its peak.
+    """
+    from attnbench import train
+
+    config = request.config
+    eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
+    single = eager.model_copy(update={"model": config.model.model_copy(update={"depth": 1})})
+    alike = hasattr(train.make_model(single, *request.shape), "blocks")
+    return Request(single if alike else eager, *request.shape)
 
 
 def _check_meter(told: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Layers repeat, so a deep model is traced at two small depths of the same parity and continued along the line through
 them; where layers do not repeat, it is traced as it is. A step of very many operations, which is that of a recurrence
-that walks the sequence, is traced at two small heights of the same width and continued along a line too; the FLOPs of
+that walks the sequence, is traced at small heights of the same width and continued along a line too; the FLOPs of
 long sequences along the parabola through three. A continuation is exact where the figure is such a polynomial; tests
 compare.
 """
@@ -29,6 +29,9 @@ PERIODS = (1, 2, 3, 4, 5, 6, 8)
 
 OPERATIONS = 6_000
 """A longer step is not traced at full height."""
+
+STRAIGHT = 0.01
+"""So much of the peak may the third of three heights lie beside the line through the others."""
 
 LONG = 2**13
 """FLOPs of longer sequences are continued from shorter ones: exact masks are counted pair by pair."""
@@ -100,14 +103,38 @@ def _worst(figures: Figures) -> dict[str, int]:
 
 def _memory(request: Request) -> Figures:
     """The stretches' peaks, traced at full height or continued from small ones."""
-    heights = _small_heights(request, rows=1, slots=256)[:2]
+    heights = _small_heights(request, rows=1, slots=256)
     size = request.height * request.width
     if not heights or size < _walks.get(request.config.variant, size + 1):
         try:
             return _traced(request, OPERATIONS if heights else None)
         except trace.TooLong:
             _walks[request.config.variant] = size
-    return _continued([(h, _traced(replace(request, height=h), None)) for h in heights], request.height)
+    return _walked(request, heights)
+
+
+def _walked(request: Request, heights: list[int]) -> Figures:
+    """From two heights, which a third must confirm: a model may do otherwise from some size on (compute in groups, and
+    again in the backward pass). Then from taller ones, or at full height where there are none."""
+
+    def traced(height: int) -> tuple[int, Figures]:
+        return height, _traced(replace(request, height=height), None)
+
+    points = [traced(h) for h in heights]
+    while _beside(points) > STRAIGHT:
+        first, step = points[2][0], points[1][0] - points[0][0]
+        if first + 2 * step >= request.height:
+            return _traced(request, None)
+        points = [points[2], traced(first + step), traced(first + 2 * step)]
+    return _continued(points[1:], request.height)
+
+
+def _beside(points: list[tuple[int, Figures]]) -> float:
+    """How far the peak of the third point lies beside the line through two others, as a part of it."""
+    expected, found = (
+        sum(_worst(figures).values()) for figures in (_continued(points[:2], points[2][0]), points[2][1])
+    )
+    return abs(expected - found) / found
 
 
 def _traced(request: Request, limit: int | None) -> Figures:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -95,6 +96,26 @@ def test_many_rows_from_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict, "OPERATIONS", 100)
     monkeypatch.setattr(predict, "_walks", {})
     assert predict.peak_bytes(request) == pytest.approx(whole, rel=0.01)
+
+
+def test_few_rows_that_do_otherwise_are_not_continued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that computes in groups from 20 rows on, and then needs no more, however high it is."""
+    count = 0
+
+    def traced(request: Request, limit: int | None) -> predict.Figures:
+        nonlocal count
+        if limit is not None:
+            raise trace.TooLong("for the line's sake")
+        count += 1
+        return {("update", "activations"): Fraction(1000 * request.height if request.height < 20 else 5000)}
+
+    monkeypatch.setattr(predict, "_traced", traced)
+    monkeypatch.setattr(predict, "_walks", {})
+    request = replace(request_for("dense1d", 32, depth=2), height=100)
+    assert predict._small_heights(request, 1, 256)[:2] == [12, 20]
+    assert predict.peak_bytes(request) == 5000
+    assert predict.peak_bytes(replace(request, height=32)) == 5000
+    assert count > 4
 
 
 @pytest.mark.parametrize("variant", ["dense1d", "local2d", "strided", "axial", "linear"])
