@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,12 +105,12 @@ def artifacts(config: RunConfig) -> Path:
     return config.out / "artifacts" / record.identify(config)
 
 
-def execute(config: RunConfig, watch: Watch = lambda stage, step, loss: None) -> Path:
+def execute(config: RunConfig, watch: Watch = lambda stage, step, loss: None, said: Collection[str] = ()) -> Path:
     """The whole of a resolved run; the path of its record.
 
     A finished record is returned as it is unless config.force.  A loss that is no longer finite, or memory that does
-    not suffice, ends in a record that says so.  Of several processes each calls this; the first alone writes, and the
-    others' path may not be there yet.  Raises Refusal before anything is written.
+    not suffice, ends in a record that says so, with the last lines that were `said`.  Of several processes each calls
+    this; the first alone writes, and the others' path may not be there yet.  Raises Refusal before anything is written.
     """
     name = record.identify(config)
     first = distributed.first()
@@ -126,11 +126,15 @@ def execute(config: RunConfig, watch: Watch = lambda stage, step, loss: None) ->
     try:
         outcome = {"status": "ok", **_outcome(model, prepared, config, watch)}
     except train.Diverged as error:
-        outcome = {"status": "nan", "reason": str(error)}
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        outcome = {"status": "oom", "reason": str(error)}
+        outcome = {"status": "nan", "reason": str(error), "tail": list(said)}
+    except (RuntimeError, MemoryError) as error:
+        # On CPU torch has no exception of its own for it; CUDA's OutOfMemoryError is a RuntimeError too.
+        if not measure.about_memory(f"{type(error).__name__}: {error}"):
+            raise
+        outcome = {"status": "oom", "reason": str(error), "tail": list(said)}
     if not first and outcome["status"] != "oom":  # who runs out of memory alone cannot ask the first to say so
         return config.out / "runs" / f"{name}.json"
+    watch("record", 0, 0.0)
     path = record.write(config.out, _identity(model, prepared, config) | outcome, replace=config.force)
     checkpoint.clear(checkpoints(config))
     return path
