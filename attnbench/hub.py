@@ -86,8 +86,7 @@ def read(name: str, root: Path | None = None, revision: str | None = None) -> Re
     Raises Refusal: a name that is none or that the hub does not know, the hub out of reach, a data set without pictures
     or without a train split, pictures without a class.
     """
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is None:
-        raise Refusal(f"hub:{name}: data sets of the hub are named OWNER/NAME, such as hub:uoft-cs/cifar10")
+    _check_name(name)
     if root is None:
         if Path(name).exists():  # which the library would take for it
             raise Refusal(f"hub:{name}: a folder of that name stands here; start elsewhere, or name it by --data.root")
@@ -113,8 +112,14 @@ def read(name: str, root: Path | None = None, revision: str | None = None) -> Re
     return Repository(parts, classes, revision)
 
 
+def _check_name(name: str) -> None:
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is None:
+        raise Refusal(f"hub:{name}: data sets of the hub are named OWNER/NAME, such as hub:uoft-cs/cifar10")
+
+
 def check_reachable(name: str) -> None:
-    """Raises Refusal, within PATIENCE, where the hub does not answer or is not to be asked."""
+    """Raises Refusal, within PATIENCE, where the hub does not answer or is not to be asked, or for a name that is none."""
+    _check_name(name)
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     told = {os.environ.get(variable, "").upper() for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
     if told & {"1", "ON", "YES", "TRUE"}:
