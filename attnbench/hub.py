@@ -118,7 +118,7 @@ def _check_name(name: str) -> None:
 
 
 def check_reachable(name: str) -> None:
-    """Raises Refusal, within PATIENCE, where the hub does not answer or is not to be asked, or for a name that is none."""
+    """Raises Refusal, within PATIENCE, where the hub does not answer or may not be asked; for a name that is none."""
     _check_name(name)
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     told = {os.environ.get(variable, "").upper() for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
