@@ -1,5 +1,5 @@
 """What holds for every test: which files are collected, what is skipped where there is no GPU, how hypothesis draws;
-and `--reliability FILE`, the table of the promises that were tried."""
+and `--reliability=FILE`, the table of the promises that were tried."""
 
 from __future__ import annotations
 

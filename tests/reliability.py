@@ -1,7 +1,7 @@
 """The promises, which test tries each, and the table of what a test run tried: docs/reliability.md.
 
 A test says `@pytest.mark.promise("kill")` and, where it injects more than one fault, how many: `injected(200)`, a
-fixture of conftest.py. `python -m pytest -m promise --reliability docs/reliability.md` tries all and writes the table.
+fixture of conftest.py. `python -m pytest -m promise --reliability=docs/reliability.md` tries all and writes the table.
 """
 
 from __future__ import annotations
