@@ -71,8 +71,7 @@ def _verdict(card: dict[str, Any]) -> str:
 
 
 COLUMNS = ("setting", "rank", "seeds", "nats_per_token", "probe_accuracy_best", "train_flops_per_image",
-           "train_peak_bytes", "train_images_per_second", "sample_images_per_second", "state_bytes_per_image",
-           "pareto")  # fmt: skip
+           "train_peak_bytes", "state_bytes_per_image", "pareto")  # fmt: skip
 
 
 def _table(front: Any) -> Iterator[str]:

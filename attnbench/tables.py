@@ -123,9 +123,9 @@ def front(runs: pd.DataFrame) -> pd.DataFrame:
     order = table["setting"].tolist()
     places = stats.ranks([own[s] for s in order]) if len(order) <= MOST_RANKED else [(1, len(order))] * len(order)
     table.insert(1, "rank", [f"{a}" if a == b else f"{a}–{b}" for a, b in places])
-    table["time"] = 1 / table["train_images_per_second"]
-    points = table[["nats_per_token", *COSTS[:2], "time"]].dropna(axis="columns", how="any")
-    table = table.drop(columns=["time", "training_flops", "seconds"])
+    # Not by images a second, which tell of the machine and of what else it did.
+    points = table[["nats_per_token", *COSTS[:2]]].dropna(axis="columns", how="any")
+    table = table.drop(columns=["training_flops", "seconds"])
     table.insert(2, "pareto", ["yes" if mark else "" for mark in stats.pareto(points.to_numpy(float).tolist())])
     table.insert(3, "against_baseline", _gains(table, own))
     return table
