@@ -86,7 +86,7 @@ def _style(key: str) -> Iterator[Any]:
     }  # fmt: skip
     with (
         seaborn.axes_style("whitegrid"),
-        seaborn.color_palette("colorblind", MOST_LINES),
+        seaborn.color_palette(_colours(MOST_LINES)),
         plt.rc_context({**ink, **plain}),
     ):
         yield plt
@@ -110,6 +110,14 @@ def _vector(figure: Any, key: str) -> str:
     return re.sub(r'(<svg[^>]*?) width="[^"]*pt"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*pt"', r"\1", text))
 
 
+def _colours(count: int) -> Any:
+    """As many different colours: seaborn's palette for the colour-blind has ten, and begins again."""
+    import seaborn
+
+    ten = seaborn.color_palette("colorblind")
+    return [*ten, *(tuple(0.55 * part for part in colour) for colour in ten)][:count]
+
+
 def _legend(axes: Any) -> None:
     if axes.get_legend_handles_labels()[0]:
         # Below the axes: beside them, the letters of both would be too small on a phone.
@@ -126,8 +134,6 @@ def _leading(runs: pd.DataFrame) -> pd.DataFrame:
 
 def likelihood_against_cost(axes: Any, runs: pd.DataFrame) -> str | None:
     """Nats per token against peak memory of training, or FLOPs where memory was not measured, with the Pareto front."""
-    import seaborn
-
     known = _leading(runs)
     measured = len(known) > 0 and known["train_peak_bytes"].notna().all()
     column, scale, label = (
@@ -141,7 +147,7 @@ def likelihood_against_cost(axes: Any, runs: pd.DataFrame) -> str | None:
     means = known.groupby("setting", sort=False).agg(cost=(column, "median"), nats=("nats_per_token", "mean"))
     means["cost"] /= scale
     means["low"], means["high"] = zip(*(_ends(rows) for _, _, rows in tables.groups(known)), strict=True)
-    for (setting, row), colour in zip(means.iterrows(), seaborn.color_palette("colorblind", len(means)), strict=True):
+    for (setting, row), colour in zip(means.iterrows(), _colours(len(means)), strict=True):
         reach = [[max(0.0, row["nats"] - row["low"])], [max(0.0, row["high"] - row["nats"])]]
         axes.errorbar(row["cost"], row["nats"], yerr=reach, fmt="o", color=colour, label=str(setting), capsize=3)
     best = means[stats.pareto(means[["cost", "nats"]].to_numpy(float).tolist())].sort_values("cost")
