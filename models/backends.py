@@ -22,6 +22,9 @@ from torch import Tensor
 
 from .geometry import Predicate, Scan
 
+LIBRARIES = ("flex", "xformers", "natten", "fla")
+"""The backends of other libraries, which train on CUDA only."""
+
 FAR = -80.0
 """Added to a score to make its weight vanish: e⁻⁸⁰. Much more would cost the log of the mass its digits in float32."""
 

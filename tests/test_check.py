@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import models
 from attnbench import check, checks, receptive
@@ -105,6 +106,16 @@ def test_receptive_field_of_a_window(tmp_path: Path) -> None:
     assert int((values > 0).sum()) == 2 * 2**2 + 2 * 2
     assert (values > 0)[5:7, 5:10].all()
     assert (values > 0)[7, 5:7].all()
+
+
+def test_where_there_is_cuda_a_library_is_checked_in_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        model = Subject("dense-relbias2d").build(7, 11, dim=32, backend="flex")
+        assert {name for mixer in model.mixers for name in checks.backends(mixer)} == {"sdpa", "blocked", "math"}
+    assert 0 < checks._off_by(model, torch.bfloat16, 0.1) < 0.1
+    with pytest.raises(AssertionError, match=r"bfloat16 flex: off by .*, allowed 1e-06"):
+        checks._off_by(model, torch.bfloat16, 1e-6)
 
 
 def test_nothing_named_is_refused() -> None:
