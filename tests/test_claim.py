@@ -183,7 +183,7 @@ import json, os, select, sys
 order = json.loads(sys.stdin.readline())
 folder, name = sys.argv[1], order["claim"]["id"]
 def note(word):
-    with open(folder + "/ledger", "a") as file: file.write(f"{word} {name} {os.getppid()}\\n")
+    with open(folder + "/ledger", "a") as file: file.write(f"{word} {name} {os.environ['LAUNCHER']}\\n")
 note("start")
 if select.select([0], [], [], 0.03)[0]: sys.exit(9)
 os.link(f"{folder}/ready/runs/{name}.json", f"{folder}/out/runs/{name}.json")
@@ -205,6 +205,7 @@ children = []
 for number in range(launchers):
     if (child := os.fork()) == 0:
         os.setsid()
+        os.environ["LAUNCHER"] = str(os.getpid())  # a cell's parent is another once its launcher is dead
         sys.stdout = open(os.devnull, "w")
         status = sweep.main([folder + "/own.yaml", "--out", folder + "/out", "--device", "cpu", "--jobs", "2"])
         os._exit(status)
