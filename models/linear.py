@@ -296,7 +296,7 @@ class Based(Linear):
         if self.layer.size > self.chunk:
             states = torch.cat([memory[:, :, None], self.feature(k).mT @ v], dim=2).cumsum(dim=2)
             out = out + self.feature(q) @ states[:, :, :-1]
-            memory = states[:, :, -1]
+            memory = states[:, :, -1].clone()  # a view would keep all of them
         return out.flatten(2, 3)[:, :, :size], memory
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:

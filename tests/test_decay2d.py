@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import models
+from models import decay2d
 from models.decay2d import Decay2D, evened
 from models.geometry import Grid, Scan
 from models.mixer import Layer
@@ -45,6 +46,24 @@ def test_the_weights_of_a_small_grid_by_hand() -> None:
 @pytest.mark.parametrize(("band", "strip"), [(1, 1), (2, 3), (4, 8)])
 def test_every_tiling_equals_the_oracle(objective: str, height: int, width: int, band: int, strip: int) -> None:
     mixer = make(height, width, objective, band=band, strip=strip)
+    given = [x.requires_grad_() for x in draw(mixer)]
+    leaves = [*given, *mixer.parameters()]
+    fast, slow = mixer(*given), mixer.oracle(*given)
+    assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(fast)
+    assert_close(torch.autograd.grad(fast, leaves, upstream), torch.autograd.grad(slow, leaves, upstream),
+                 rtol=1e-10, atol=1e-10)  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", ["ar", "bert"])
+@pytest.mark.parametrize(("height", "band"), [(1, 1), (17, 2), (17, 5), (21, 5)])
+def test_what_the_backward_pass_makes_anew_changes_nothing(
+    objective: str, height: int, band: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stretches of 5 or 6 rows, the last one whole or of a single band."""
+    monkeypatch.setattr(decay2d, "ROWS", 5)
+    mixer = make(height, 5, objective, band=band)
+    assert mixer.stretch * mixer.band < height or height == 1
     given = [x.requires_grad_() for x in draw(mixer)]
     leaves = [*given, *mixer.parameters()]
     fast, slow = mixer(*given), mixer.oracle(*given)

@@ -4,6 +4,7 @@ tried on a planted tree that breaks it before this project is held to it."""
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -308,3 +309,13 @@ def test_every_rule_was_planted() -> None:
 def test_the_project_has_files_and_commands_to_judge() -> None:
     assert len(list(sources(ROOT, *PACKAGES))) > 10
     assert "attnbench.doctor" in commands(ROOT)
+
+
+@pytest.mark.parametrize(
+    ("told", "spin"), [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_threads_that_wait_leave_the_processor_to_others(told: dict[str, str], spin: str) -> None:
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    asked = "import attnbench, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", asked], env=clean | told, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [spin, "False"]
