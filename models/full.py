@@ -107,13 +107,15 @@ class Dense(ExactMixer):
     ) -> tuple[Tensor, Cache]:
         t = state.slot
         state.k[:, :, t], state.v[:, :, t] = k[:, :, 0], v[:, :, 0]
+        state.slot += 1
+        if bias is None and kernels.decodes(q):
+            return kernels.attend(q, state.k, state.v, count=t + 1), state
         scores = None
         if bias is not None:
             slot = torch.arange(t + 1, device=q.device)
             scores = bias(slot[t:], slot)[:, None].to(q.dtype)
-        out = F.scaled_dot_product_attention(q, state.k[:, :, : t + 1], state.v[:, :, : t + 1], attn_mask=scores)
-        state.slot += 1
-        return out, state
+        kept_k, kept_v = state.k[:, :, : t + 1], state.v[:, :, : t + 1]
+        return F.scaled_dot_product_attention(q, kept_k, kept_v, attn_mask=scores), state
 
     def pairs(self) -> int:
         n = self.layer.size

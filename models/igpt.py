@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from . import kernels
 from .geometry import Scan
 from .mixer import Layer, Mixer
 from .position import TABLE_SIGMA, Position, Shape
 
 MakeMixer = Callable[[Layer], Mixer]
+Projected = tuple[Tensor, Tensor, Tensor, dict[str, Any]]
+"""q, k, v, and what else the mixer takes: `bias`, `gates`."""
 
 
 class Norm(nn.Module):
@@ -44,26 +47,34 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim, bias=False)
         self.position = [position]  # in a list: its parameters belong to the trunk
 
-    def project(self, x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    def gated(self, x: Tensor) -> Tensor | None:
+        return None if self.gates is None else self.gates(x)
+
+    def project(self, x: Tensor, slots: Tensor) -> Projected:
+        return self.split(self.qkv(x), self.gated(x), slots)
+
+    def split(self, qkv: Tensor, gates: Tensor | None, slots: Tensor) -> Projected:
+        """What was projected, (batch, seq, 3 · dim) and (batch, seq, heads · gates), as a mixer takes it."""
         # Split before turning: the three gradients are then put together in the order that the projection reads.
-        parts = rearrange(self.qkv(x), "b n (three h d) -> b n three h d", three=3, h=self.heads).unbind(2)
+        parts = qkv.unflatten(2, (3, self.heads, -1)).unbind(2)
         q, k, v = (part.transpose(1, 2) for part in parts)  # (batch, heads, seq, head_dim)
         q, k = self.position[0].rotate(q, k, slots, self.index)
         extras: dict[str, Any] = {}
         if (bias := self.position[0].bias(self.index)) is not None:
             extras["bias"] = bias
-        if self.gates is not None:
-            extras["gates"] = rearrange(self.gates(x), "b n (h g) -> b h n g", h=self.heads)
+        if gates is not None:
+            extras["gates"] = rearrange(gates, "b n (h g) -> b h n g", h=self.heads)
         return q, k, v, extras
 
     def forward(self, x: Tensor, slots: Tensor) -> Tensor:
         q, k, v, extras = self.project(x, slots)
         return self.out(rearrange(self.mixer(q, k, v, **extras), "b h n d -> b n (h d)"))
 
-    def step(self, x: Tensor, slots: Tensor, state: Any) -> tuple[Tensor, Any]:
-        q, k, v, extras = self.project(x, slots)
-        out, state = self.mixer.step(q, k, v, state, **extras)
-        return self.out(rearrange(out, "b h n d -> b n (h d)")), state
+    def step(self, qkv: Tensor, gates: Tensor | None, slots: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """What the mixer makes of a slot's projections, (batch, 1, dim), before `out`."""
+        q, k, v, extras = self.split(qkv, gates, slots)
+        mixed, state = self.mixer.step(q, k, v, state, **extras)
+        return mixed.transpose(1, 2).flatten(2), state
 
 
 class MLP(nn.Module):
@@ -99,9 +110,19 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
     def step(self, x: Tensor, slots: Tensor, state: Any) -> tuple[Tensor, Any]:
-        mixed, state = self.attention.step(self.attention_norm(x), slots, state)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state
+        attention, mlp, norm, last = self.attention, self.mlp, self.attention_norm, self.mlp_norm
+        outer, up, down = attention.out, mlp.up, mlp.down
+        matrices = attention.qkv, outer, up, down
+        plain = all(matrix.bias is None for matrix in matrices)
+        if plain and kernels.decodes(x, norm.gain, last.gain, *(matrix.weight for matrix in matrices)):
+            qkv = kernels.project(x, norm.gain, norm.eps, attention.qkv.weight)
+            gates = attention.gated(norm(x)) if attention.gates else None
+            mixed, state = attention.step(qkv, gates, slots, state)
+            return kernels.finish(x, mixed, outer.weight, last.gain, last.eps, up.weight, down.weight), state
+        normed = norm(x)
+        mixed, state = attention.step(attention.qkv(normed), attention.gated(normed), slots, state)
+        x = x + outer(mixed)
+        return x + mlp(last(x)), state
 
 
 @dataclass

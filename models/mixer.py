@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends, geometry, reference
+from . import backends, geometry, kernels, reference
 from .geometry import Predicate, Scan, Tiles
 
 ScoreBias = Callable[..., Tensor]
@@ -209,8 +209,8 @@ class ExactMixer(Mixer):
         if self._last_use is None:
             self._last_use = self.last_use()
             self._places = allot(self._last_use.tolist())
-        empty = like.new_zeros(batch, self.layer.heads, self._places[1], self.layer.head_dim)
-        return Cache(empty, empty.clone())
+        shape = batch, self.layer.heads, self._places[1], self.layer.head_dim
+        return Cache(like.new_empty(shape), like.new_empty(shape))  # no place is read before it is written
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, state: Cache, bias: ScoreBias | None = None
@@ -218,13 +218,14 @@ class ExactMixer(Mixer):
         place = self._places[0][state.slot]
         state.k[:, :, place], state.v[:, :, place] = k[:, :, 0], v[:, :, 0]
         keys, places = self._seen_by(state.slot, q.device)
+        state.slot += 1
+        if bias is None and kernels.decodes(q):
+            return kernels.attend(q, state.k, state.v, places), state
         scores = None
         if bias is not None:
-            scores = bias(torch.tensor([state.slot], device=q.device), keys)[:, None].to(q.dtype)
+            scores = bias(torch.tensor([state.slot - 1], device=q.device), keys)[:, None].to(q.dtype)
         kept_k, kept_v = state.k.index_select(2, places), state.v.index_select(2, places)
-        out = F.scaled_dot_product_attention(q, kept_k, kept_v, attn_mask=scores)
-        state.slot += 1
-        return out, state
+        return F.scaled_dot_product_attention(q, kept_k, kept_v, attn_mask=scores), state
 
     def _seen_by(self, slot: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Which slots this one sees, and their places in the cache."""

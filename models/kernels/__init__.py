@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .compiler import missing, unfit
+from .decode import attend, decodes, finish, project
 from .full import full
 from .linear import linear
 from .local2d import local2d
@@ -14,7 +15,9 @@ from .local2d import local2d
 if TYPE_CHECKING:
     from ..mixer import Mixer
 
-__all__ = ["full", "linear", "local2d", "missing", "serves", "unfit"]
+__all__ = [
+    "attend", "decodes", "finish", "full", "linear", "local2d", "missing", "project", "serves", "unfit",
+]  # fmt: skip
 
 
 def serves(mixer: Mixer, *tensors: Tensor) -> bool:
