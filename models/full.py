@@ -108,8 +108,6 @@ class Dense(ExactMixer):
         t = state.slot
         state.k[:, :, t], state.v[:, :, t] = k[:, :, 0], v[:, :, 0]
         state.slot += 1
-        if bias is None and kernels.decodes(q):
-            return kernels.attend(q, state.k, state.v, count=t + 1), state
         scores = None
         if bias is not None:
             slot = torch.arange(t + 1, device=q.device)

@@ -392,7 +392,7 @@ def test_an_activation_beyond_any_exponent_is_no_nan() -> None:
 def test_one_query_over_kept_keys_equals_the_oracle(
     batch: int, heads: int, dim: int, kept: int, dtype: torch.dtype
 ) -> None:
-    """All of the first keys, and some in any order; keys and values lie one before the other in memory."""
+    """All keys, and some in any order; keys and values lie one before the other in memory."""
     torch.manual_seed(0)
     q, k, v = (3 * torch.randn(batch, n, heads, dim, dtype=dtype).transpose(1, 2) for n in (1, kept, kept))
     tolerance = TOLERANCES[dtype][0]
@@ -400,7 +400,7 @@ def test_one_query_over_kept_keys_equals_the_oracle(
         everything = torch.ones(1, len(places), dtype=torch.bool)
         true = reference.softmax_attention(q, k[:, :, places], v[:, :, places], everything)
         assert_close(kernels.attend(q, k, v, places), true, rtol=tolerance, atol=tolerance)
-    assert_close(kernels.attend(q, k, v, count=1), v[:, :, :1], rtol=tolerance, atol=tolerance)
+    assert_close(kernels.attend(q, k, v, places[:1]), v[:, :, places[:1]], rtol=tolerance, atol=tolerance)
 
 
 @needs_compiler
@@ -413,7 +413,7 @@ def test_decoding_takes_the_kernels_only_where_they_serve(monkeypatch: pytest.Mo
         right(name, function, *rest)
 
     monkeypatch.setattr(kernels.decode, "call", call)
-    model: Any = build("dense1d", height=2, width=2, vocab=4, dim=8, heads=2, depth=1)
+    model: Any = build("local2d", height=2, width=2, vocab=4, dim=8, heads=2, depth=1)
     with torch.no_grad():
         model.step(None, model.start(3))
     assert used == ["decode_project", "decode_attend", "decode_finish"]

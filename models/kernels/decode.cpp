@@ -1,4 +1,4 @@
-// Decoding: what a block does for one slot of a few images, and one query over the keys that were kept.
+// Decoding: what a block does for one slot of a few images, and one query over scattered keys.
 //
 // The few rows lie turned, (features, rows), so that the lanes of a vector are images: weights are read once, number by
 // number, as they lie, and a norm is a sum of vectors.  Rows are filled up to whole vectors with zeros.
@@ -111,7 +111,7 @@ template <typename T> struct Rows {
     }
 };
 
-// softmax(q Kᵀ · scale) V for one query and `count` keys, at places[0], places[1], … or one after the other.
+// softmax(q Kᵀ · scale) V for one query and `count` keys, at places[0], places[1], …
 template <typename T> struct Query {
     static constexpr int LANES = WIDEST / sizeof(T);
     using S = Simd<T, LANES>;
@@ -124,12 +124,11 @@ template <typename T> struct Query {
     void run(const T* q, const T* k, const T* v, int64_t pitch_k, int64_t pitch_v, const int64_t* places, int64_t count,
              int64_t dim, T scale, T* out) {
         T* w = weights.data();
-        auto place = [&](int64_t key) { return places ? places[key] : key; };
         T parts[LANES][LANES];
         for (int64_t first = 0; first < count; first += LANES) {
             int here = int(std::min<int64_t>(LANES, count - first));
             for (int key = 0; key < here; key++) {
-                const T* row = k + place(first + key) * pitch_k;
+                const T* row = k + places[first + key] * pitch_k;
                 V sum{};
                 for (int64_t at = 0; at < dim; at += LANES) {
                     int left = int(dim - at);
@@ -150,8 +149,8 @@ template <typename T> struct Query {
             V sum[4]{};
             int64_t key = 0;
             for (; key + 4 <= count; key += 4)
-                for (int i = 0; i < 4; i++) sum[i] += S::load(v + place(key + i) * pitch_v + at, left) * w[key + i];
-            for (; key < count; key++) sum[0] += S::load(v + place(key) * pitch_v + at, left) * w[key];
+                for (int i = 0; i < 4; i++) sum[i] += S::load(v + places[key + i] * pitch_v + at, left) * w[key + i];
+            for (; key < count; key++) sum[0] += S::load(v + places[key] * pitch_v + at, left) * w[key];
             S::store(out + at, (sum[0] + sum[1] + sum[2] + sum[3]) / mass, left);
         }
     }
@@ -179,10 +178,11 @@ template <typename T> int finish(const int64_t* s, double eps, int threads, void
 
 template <typename T> int attend(const int64_t* s, double scale, int threads, void** at, const int64_t (*strides)[3]) {
     const int64_t batch = s[0], heads = s[1], dim = s[2], count = s[3];
-    const int64_t* places = s[4] ? static_cast<const int64_t*>(at[4]) : nullptr;
+    const int64_t* places = static_cast<const int64_t*>(at[4]);
     const T *q = static_cast<T*>(at[0]), *k = static_cast<T*>(at[1]), *v = static_cast<T*>(at[2]);
     T* out = static_cast<T*>(at[3]);
-    int busy = int(std::max<int64_t>(1, std::min<int64_t>(threads, 4 * batch * heads * count * dim / WORTH)));
+    // Every number is read for the sake of two FLOPs, so that each takes longer than in a product.
+    int busy = int(std::max<int64_t>(1, std::min<int64_t>(threads, 16 * batch * heads * count * dim / WORTH)));
     int failed = 0;
 #pragma omp parallel for num_threads(busy) if (busy > 1) schedule(static)
     for (int64_t job = 0; job < batch * heads; job++) {
@@ -203,7 +203,7 @@ template <typename T> int attend(const int64_t* s, double scale, int threads, vo
 // Returns 0, or 1 where memory does not suffice.
 // project: shape rows, dim, width; x, gain, weight, out.  finish: shape rows, dim, width inside; x, mixed, weight, gain,
 // up, down, out.  Both take whole rows and the norm's eps.
-// attend: shape batch, heads, dim, count, whether there are places; q, k, v, out (batch, heads, slots, dim), places.
+// attend: shape batch, heads, dim, count; q, k, v, out (batch, heads, slots, dim), places.
 #define EXPORT(T, type)                                                                                              \
     extern "C" int decode_project_##type(const int64_t* s, double eps, int threads, void** at, const int64_t*) {   \
         return project<T>(s, eps, threads, at);                                                                      \

@@ -46,10 +46,9 @@ def finish(x: Tensor, mixed: Tensor, weight: Tensor, gain: Tensor, eps: float, u
     return out
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, places: Tensor | None = None, count: int = 0) -> Tensor:
-    """softmax(qKᵀ/√d)V over the keys at `places`, int64 (count,), or over the first `count`."""
+def attend(q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> Tensor:
+    """softmax(qKᵀ/√d)V over the keys at `places`, int64 (count,), read where they are."""
     batch, heads, _, dim = q.shape
     out = q.new_empty(batch, 1, heads, dim).transpose(1, 2)
-    shape = (batch, heads, dim, count if places is None else len(places), int(places is not None))
-    call("decode", "decode_attend", shape, dim**-0.5, dense(q), k, v, out, *([] if places is None else [places]))
+    call("decode", "decode_attend", (batch, heads, dim, len(places)), dim**-0.5, dense(q), k, v, out, places)
     return out
