@@ -155,8 +155,8 @@ class ImageGPT(nn.Module):
         self.tokens = nn.Parameter(torch.empty(vocab, dim))
         self.start_token = nn.Parameter(torch.empty(dim)) if scan.causal else None
         self.position = position(Shape(scan, dim, depth, heads))
-        biased = position.needs == "bias"
-        layers = [Layer(scan, heads, dim // heads, index, depth, backend, biased) for index in range(depth)]
+        bias = position.needs == "bias", position.by_offset
+        layers = [Layer(scan, heads, dim // heads, index, depth, backend, *bias) for index in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, make_mixer(layer), self.position) for layer in layers)
         self.norm = Norm(dim)
         self.head = nn.Linear(dim, vocab, bias=False)

@@ -53,7 +53,7 @@ class Local1D(ExactMixer):
 class Local2D(ExactMixer):
     """A target sees the start token and 2R² + 2R pixels (fewer at the borders): r - r' ≤ R, |c - c'| ≤ R, earlier.
 
-    "compiled": a C++ kernel for CPU, float32 or float64, along the raster, without a bias on the scores.
+    "compiled": a C++ kernel for CPU, float32 or float64, along the raster, with a bias by (Δrow, Δcol) or none.
     """
 
     backends = ("compiled", "blocked", "flex", "natten", "math")
@@ -79,8 +79,8 @@ class Local2D(ExactMixer):
             reasons.append(f"serves objective 'ar' only, not {scan.objective!r}")
         if scan.order != "raster":
             reasons.append(f"reads along the raster only, not {scan.order!r}")
-        if self.layer.biased:
-            reasons.append("adds no bias to the scores")
+        if self.layer.biased and not self.layer.by_offset:
+            reasons.append("adds a bias to the scores by (Δrow, Δcol) only")
         return reasons + [reason for reason in [kernels.missing("local2d")] if reason]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> Tensor:
@@ -88,8 +88,8 @@ class Local2D(ExactMixer):
             return backends.natten(q, k, v, self.layer.scan, self.radius)
         if not kernels.serves(self, q, k, v):
             return super().forward(q, k, v, bias)
-        grid = self.layer.scan.grid
-        return kernels.local2d(q, k, v, grid.height, grid.width, self.radius)
+        window = self.layer.scan.grid.height, self.layer.scan.grid.width, self.radius
+        return kernels.local2d(q, k, v, *window, None if bias is None else bias(*kernels.offsets(*window)))
 
 
 def positive(name: str, value: object) -> int:

@@ -33,6 +33,8 @@ class Layer:
     backend: str = "auto"
     biased: bool = False
     """Whether the position will add a bias to the scores."""
+    by_offset: bool = False
+    """Whether that bias depends on (Δrow, Δcol) alone, and for the start token on nothing."""
 
     @property
     def size(self) -> int:

@@ -41,6 +41,8 @@ class Position(nn.Module):
     """Base: no position at all. `needs` says what a mixer must carry: "embed", "rotate" or "bias"."""
 
     needs: ClassVar[str] = "embed"
+    by_offset: ClassVar[bool] = False
+    """Whether the bias depends on (Δrow, Δcol) alone, and for the start token on nothing."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -307,6 +309,7 @@ class RelativeBias2D(Position):
     """
 
     needs = "bias"
+    by_offset = True
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)

@@ -57,6 +57,17 @@ def window(height: int, width: int, radius: int, shift: int = 0) -> Attend:
     return lambda q, k, v: reference.softmax_attention(q, k, v, mask)
 
 
+def biased_window(table: Tensor, height: int, width: int, radius: int) -> Attend:
+    """The oracle of local2d with a bias by offset: the start token's; then (Δrow, Δcol) from (R, R) to (0, 1)."""
+    scan, reach, slot = Scan(Grid(height, width)), min(radius, max(height, width)), torch.arange(height * width)
+    down = (scan.target(slot)[0][:, None] - scan.content(slot)[0]).clamp(0, reach)
+    right = (scan.target(slot)[1][:, None] - scan.content(slot)[1]).clamp(-reach, reach)
+    index = 1 + (reach - down) * (2 * reach + 1) + reach - right
+    index = index.where(~scan.is_start(slot), 0).clamp(max=table.shape[1] - 1)
+    mask = geometry.matrix(geometry.window2d(scan, radius), height * width)
+    return lambda q, k, v: reference.softmax_attention(q, k, v, mask, table[:, index])
+
+
 def local(height: int, width: int, radius: int) -> Attend:
     return lambda q, k, v: kernels.local2d(q, k, v, height, width, radius)
 
@@ -89,6 +100,33 @@ def test_local2d_equals_its_oracle(height: int, width: int, radius: int, dtype: 
         assert_same(
             local(height, width, radius), window(height, width, radius), *inputs(2, 3, height * width, dim, dtype)
         )
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("radius", [1, 3, 20])
+@pytest.mark.parametrize(("height", "width"), [*GRIDS, (67, 9)])
+def test_local2d_with_a_bias_by_offset_equals_its_oracle(
+    height: int, width: int, radius: int, dtype: torch.dtype
+) -> None:
+    q, k, v = inputs(2, 3, height * width, 5, dtype)
+    table = torch.randn(3, len(kernels.offsets(height, width, radius)[0]), dtype=dtype, requires_grad=True)
+    fast = kernels.local2d(q, k, v, height, width, radius, table)
+    slow = biased_window(table, height, width, radius)(q, k, v)
+    forward, backward = TOLERANCES[dtype]
+    assert_close(fast, slow, rtol=forward, atol=forward)
+    upstream = torch.randn_like(slow)
+    for got, want in zip(*(torch.autograd.grad(x, (q, k, v, table), upstream) for x in (fast, slow)), strict=True):
+        assert_close(got, want, rtol=backward, atol=backward)
+
+
+@needs_compiler
+def test_a_bias_by_offset_on_the_wrong_side_is_noticed() -> None:
+    q, k, v = inputs(1, 1, 35, 5)
+    table = torch.randn(1, len(kernels.offsets(5, 7, 2)[0]), dtype=torch.float64)
+    flipped = torch.cat([table[:, :1], table[:, 1:].flip(1)], dim=1)
+    with pytest.raises(AssertionError):
+        assert_close(kernels.local2d(q, k, v, 5, 7, 2, flipped), biased_window(table, 5, 7, 2)(q, k, v))
 
 
 @needs_compiler
@@ -228,8 +266,8 @@ def test_auto_takes_the_kernel_and_refuses_it_with_every_reason() -> None:
     mixer = Local2D(Layer(Scan(Grid(3, 5), "bert", "column"), 2, 4, biased=True))
     assert mixer.backend == "blocked"
     assert [reason.split()[0] for reason in mixer.refusals("compiled")] == ["serves", "reads", "adds"]
-    with pytest.raises(ValueError, match="adds no bias"):
-        build("local2d", height=3, width=5, vocab=4, backend="compiled", position="relbias2d")
+    assert Local2D(Layer(Scan(Grid(3, 5)), 2, 4, biased=True, by_offset=True)).backend == "compiled"
+    assert build("local2d", height=3, width=5, vocab=4, position="relbias2d").backend == "compiled"
 
 
 @needs_compiler

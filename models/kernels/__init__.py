@@ -10,13 +10,13 @@ from .compiler import missing, unfit
 from .decode import attend, decodes, finish, project
 from .full import full
 from .linear import linear
-from .local2d import local2d
+from .local2d import local2d, offsets
 
 if TYPE_CHECKING:
     from ..mixer import Mixer
 
 __all__ = [
-    "attend", "decodes", "finish", "full", "linear", "local2d", "missing", "project", "serves", "unfit",
+    "attend", "decodes", "finish", "full", "linear", "local2d", "missing", "offsets", "project", "serves", "unfit",
 ]  # fmt: skip
 
 

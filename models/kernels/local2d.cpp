@@ -5,6 +5,7 @@
 // exponential and its use need no sum across lanes.  Beyond the left and right border stand `radius` columns of zeros.
 //
 // Offsets are numbered 0: the start token; then key rows from `radius` above to the query's own, left to right.
+// Each may have a bias, a number for each head that is added to its scores.
 // The backward pass computes the weights again from each query's maximum and mass: O(n·dim) memory.
 #include <algorithm>
 #include <memory>
@@ -42,7 +43,7 @@ template <typename T, int LANES> struct Worker {
     const int64_t plane, field;           // numbers in a turned row, and in the weights of a row
     const T scale;                        // of the scores, which are in powers of two
     std::vector<T> memory;
-    T *kt, *vt, *qt, *gt, *weights, *slopes, *border, *block, *start;
+    T *kt, *vt, *qt, *gt, *weights, *slopes, *border, *block, *start, *bias, *bias_sums;
 
     static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -51,14 +52,20 @@ template <typename T, int LANES> struct Worker {
           plane(channels * pitch), field(p.all() * pitch), scale(T(1.4426950408889634074 * p.scale)) {
         int64_t queries = backward ? ring : 1;
         memory.resize((2 * ring + 2 * queries) * plane + 2 * queries * field + pitch + (channels + 1) * LANES +
-                      2 * channels * (1 + LANES));
+                      2 * channels * (1 + LANES) + p.all() * (1 + LANES));
         T* at = memory.data();
         auto take = [&at](int64_t count) { T* got = at; at += count; return got; };
         kt = take(ring * plane), vt = take(ring * plane), qt = take(queries * plane), gt = take(queries * plane);
         weights = take(queries * field), slopes = take(queries * field);
         border = take(pitch), block = take((channels + 1) * LANES), start = take(2 * channels * (1 + LANES));
+        bias = take(p.all()), bias_sums = take(p.all() * LANES);
         std::fill(border, border + pitch, -std::numeric_limits<T>::infinity());
         std::fill(border + p.radius, border + p.radius + p.width, T(0));
+    }
+
+    // The numbers of a head, in powers of two like the scores; without any all are 0.
+    void set_bias(const T* given) const {
+        for (int64_t i = 0; given && i < p.all(); i++) bias[i] = given[i] * T(1.4426950408889634074);
     }
 
     T* ring_row(T* base, int64_t row, int64_t size) const { return base + row % ring * size; }
@@ -138,12 +145,12 @@ template <typename T, int LANES> struct Worker {
 
     // Scores of the block of columns from `col` on, into w + offset·pitch; key rows from `nearest` to `farthest` above.
     void scores(int64_t row, int64_t col, int64_t nearest, int64_t farthest, const T* q, const T* k0, T* w) const {
-        S::store(w, product(q, k0) * scale);
+        S::store(w, product(q, k0) * scale + bias[0]);
         for (int64_t above = nearest; above <= farthest; above++) {
-            T* to = w + p.first(above) * pitch;
+            T *to = w + p.first(above) * pitch, *added = bias + p.first(above);
             products(p.offsets(above), q, ring_row(kt, row - above, plane) + col, to);
             for (int64_t i = 0; i < p.offsets(above); i++)
-                S::store(to + i * pitch, S::load(to + i * pitch) * scale + S::load(border + col + i));
+                S::store(to + i * pitch, S::load(to + i * pitch) * scale + (S::load(border + col + i) + added[i]));
         }
     }
 
@@ -186,13 +193,14 @@ template <typename T, int LANES> struct Worker {
         S::store(stats, most, columns), S::store(stats + p.pixels(), share, columns);
     }
 
-    // Gradients of query rows and key rows [from, to); those of the start token, summed over the band, go to `start_grad`.
+    // Gradients of query rows and key rows [from, to); those of the start token, summed over the band, go to `start_grad`,
+    // and those of the bias to `bias_grad`, unless it is null.
     void backward(int64_t b, int64_t h, int64_t from, int64_t to, const View<T> (&in)[5], const View<T> (&grad)[3],
-                  const T* stats, T* start_grad) {
+                  const T* stats, T* start_grad, T* bias_grad) {
         const View<T>&q = in[0], &k = in[1], &v = in[2], &g = in[3], &out = in[4];
         T *k0 = start, *v0 = start + channels, *sums = start + 2 * channels;
         std::copy_n(k.at(b, h), p.dim, k0), std::copy_n(v.at(b, h), p.dim, v0);
-        std::fill(sums, sums + 2 * channels * LANES, T(0));
+        std::fill(sums, sums + 2 * channels * LANES, T(0)), std::fill(bias_sums, bias_sums + p.all() * LANES, T(0));
         stats += (b * p.heads + h) * 2 * p.pixels();
         for (int64_t row = std::max<int64_t>(0, from - p.radius); row < from; row++)
             load_keys(row, k.at(b, h), k.slot, v.at(b, h), v.slot);
@@ -203,7 +211,7 @@ template <typename T, int LANES> struct Worker {
             turn(g.at(b, h) + row * p.width * g.slot, g.slot, p.width, ring_row(gt, row, plane));
             for (int64_t col = 0; col < p.width; col += LANES)
                 backward_queries(row, col, to, k0, v0, out.at(b, h), out.slot, g.at(b, h), g.slot, stats,
-                                 grad[0].at(b, h), grad[0].slot, sums);
+                                 grad[0].at(b, h), grad[0].slot, sums, bias_grad);
             if (row - p.radius >= from) backward_keys(row - p.radius, row, grad, b, h);
         }
         for (int64_t row = std::max(from, last - p.radius); row < to; row++) backward_keys(row, last - 1, grad, b, h);
@@ -211,11 +219,13 @@ template <typename T, int LANES> struct Worker {
             start_grad[d] = S::sum(S::load(sums + d * LANES)) * T(p.scale);
             start_grad[p.dim + d] = S::sum(S::load(sums + (channels + d) * LANES));
         }
+        for (int64_t i = 0; bias_grad && i < p.all(); i++) bias_grad[i] = S::sum(S::load(bias_sums + i * LANES));
     }
 
     // Weights and slopes of a block of queries, kept for the keys; its own gradient and its share of the start token's.
     void backward_queries(int64_t row, int64_t col, int64_t to, const T* k0, const T* v0, const T* out, int64_t out_stride,
-                          const T* g, int64_t g_stride, const T* stats, T* dq, int64_t dq_stride, T* sums) {
+                          const T* g, int64_t g_stride, const T* stats, T* dq, int64_t dq_stride, T* sums,
+                          bool biased) {
         const T *qb = ring_row(qt, row, plane) + p.radius + col, *gb = ring_row(gt, row, plane) + p.radius + col;
         T* w = ring_row(weights, row, field) + p.radius + col;
         T* s = ring_row(slopes, row, field) + p.radius + col;
@@ -237,6 +247,11 @@ template <typename T, int LANES> struct Worker {
             for (int64_t i = first; i < first + p.offsets(above); i++) differentiate(i);
         }
         if (row >= to) return;
+        auto add = [&](int64_t i) { S::store(bias_sums + i * LANES, S::load(bias_sums + i * LANES) + S::load(s + i * pitch)); };
+        if (biased) {
+            add(0);
+            for (int64_t i = p.first(farthest); i < p.all(); i++) add(i);
+        }
         V weight = S::load(w), slope = S::load(s);
         for (int64_t d = 0; d < channels; d++) {
             S::store(block + d * LANES, slope * k0[d]);
@@ -313,9 +328,14 @@ template <typename T, int LANES, typename Band> int run(const Problem& p, bool b
     return 0;
 }
 
+template <typename T> const T* bias_of(const Problem& p, const void* bias, int64_t head) {
+    return bias ? static_cast<const T*>(bias) + head * p.all() : nullptr;
+}
+
 template <typename T, int LANES> int forward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
     View<T> q(at[0], strides[0]), k(at[1], strides[1]), v(at[2], strides[2]), out(at[3], strides[3]);
     return run<T, LANES>(p, false, threads, [&](Worker<T, LANES>& worker, auto b, auto h, auto from, auto to, auto) {
+        worker.set_bias(bias_of<T>(p, at[5], h));
         worker.forward(b, h, from, to, q, k, v, out, static_cast<T*>(at[4]));
     });
 }
@@ -324,9 +344,11 @@ template <typename T, int LANES> int backward(const Problem& p, int threads, voi
     View<T> in[5] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}, {at[3], strides[3]}, {at[4], strides[4]}};
     View<T> grad[3] = {{at[5], strides[5]}, {at[6], strides[6]}, {at[7], strides[7]}};
     int64_t bands = p.bands();
-    std::vector<T> starts(p.batch * p.heads * bands * 2 * p.dim);
+    std::vector<T> starts(p.batch * p.heads * bands * 2 * p.dim), biases(at[9] ? p.batch * p.heads * bands * p.all() : 0);
     int failed = run<T, LANES>(p, true, threads, [&](Worker<T, LANES>& worker, auto b, auto h, auto from, auto to, auto job) {
-        worker.backward(b, h, from, to, in, grad, static_cast<const T*>(at[8]), starts.data() + job * 2 * p.dim);
+        worker.set_bias(bias_of<T>(p, at[9], h));
+        worker.backward(b, h, from, to, in, grad, static_cast<const T*>(at[8]), starts.data() + job * 2 * p.dim,
+                        at[9] ? biases.data() + job * p.all() : nullptr);
     });
     if (failed) return failed;
     for (int64_t image = 0; image < p.batch * p.heads; image++)
@@ -336,6 +358,10 @@ template <typename T, int LANES> int backward(const Problem& p, int threads, voi
                 for (int64_t band = 0; band < bands; band++) sum += starts[((image * bands + band) * 2 + kind) * p.dim + d];
                 grad[1 + kind].at(image / p.heads, image % p.heads)[d] = sum;
             }
+    T* bias_grad = static_cast<T*>(at[10]);
+    std::fill(bias_grad, bias_grad + (at[9] ? p.heads * p.all() : 0), T(0));
+    for (int64_t job = 0; at[9] && job < p.batch * p.heads * bands; job++)
+        for (int64_t i = 0; i < p.all(); i++) bias_grad[job / bands % p.heads * p.all() + i] += biases[job * p.all() + i];
     return 0;
 }
 
@@ -346,7 +372,8 @@ template <typename T> constexpr int LANES = WIDEST / sizeof(T);
 }  // namespace
 
 // shape: batch, heads, height, width, dim, radius; then the scale of the scores.  Returns 0, or 1 where memory does not suffice.
-// forward: q, k, v, out, stats (batch, heads, 2, pixels).  backward: q, k, v, gradient of out, out, dq, dk, dv, stats.
+// forward: q, k, v, out, stats (batch, heads, 2, pixels), bias (heads, offsets) or null.
+// backward: q, k, v, gradient of out, out, dq, dk, dv, stats, bias, gradient of the bias.
 #define EXPORT(name, T, type)                                                                                \
     extern "C" int local2d_##name##_##type(const int64_t* s, double scale, int threads, void** at,        \
                                             const int64_t (*strides)[3]) {                                  \
