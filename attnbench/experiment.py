@@ -200,8 +200,7 @@ def _outcome(model: nn.Module, prepared: Prepared, config: RunConfig, watch: Wat
     return {
         "metrics": metrics,
         "curves": asdict(progress.curves),
-        "per_image_nats": test.per_image.tolist(),
-        "nll_map": test.by_pixel.tolist(),
+        **test.recorded(),
     }
 
 

@@ -162,7 +162,7 @@ def operate(
             **evaluate.bits(test.nats_per_token, subject.tokeniser, seen, config),
             "steps": progress.step, "seconds": progress.seconds,
         },
-        "per_image_nats": test.per_image.tolist(), "nll_map": test.by_pixel.tolist(),
+        **test.recorded(),
     }  # fmt: skip
     return record.read(record.write(out, found, replace=force))
 
