@@ -133,8 +133,10 @@ def _leading(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def likelihood_against_cost(axes: Any, runs: pd.DataFrame) -> str | None:
-    """Nats per token against peak memory of training, or FLOPs where memory was not measured, with the Pareto front."""
-    known = _leading(runs)
+    """Nats per token against peak memory of training, or FLOPs where memory was not measured: a colour for each family,
+    a number for each setting of the Pareto front."""
+    known = tables.finished(runs)
+    known = known[(known["context"] == tables.leading_context(runs)) & known["nats_per_token"].notna()]
     measured = len(known) > 0 and known["train_peak_bytes"].notna().all()
     column, scale, label = (
         ("train_peak_bytes", 2**20, "training memory at peak (MiB)")
@@ -144,20 +146,30 @@ def likelihood_against_cost(axes: Any, runs: pd.DataFrame) -> str | None:
     known = known.dropna(subset=[column])
     if known.empty:
         return None
-    means = known.groupby("setting", sort=False).agg(cost=(column, "median"), nats=("nats_per_token", "mean"))
+    means = known.groupby("setting", sort=False).agg(
+        cost=(column, "median"), nats=("nats_per_token", "mean"), family=("family", "first")
+    )
     means["cost"] /= scale
     means["low"], means["high"] = zip(*(_ends(rows) for _, _, rows in tables.groups(known)), strict=True)
-    for (setting, row), colour in zip(means.iterrows(), _colours(len(means)), strict=True):
-        reach = [[max(0.0, row["nats"] - row["low"])], [max(0.0, row["high"] - row["nats"])]]
-        axes.errorbar(row["cost"], row["nats"], yerr=reach, fmt="o", color=colour, label=str(setting), capsize=3)
+    families = means.groupby("family", sort=False)
+    for (family, rows), colour in zip(families, _colours(families.ngroups), strict=True):
+        reach = [(rows["nats"] - rows["low"]).clip(0), (rows["high"] - rows["nats"]).clip(0)]
+        axes.errorbar(
+            rows["cost"], rows["nats"], reach, fmt="o", color=colour, label=str(family), elinewidth=0.7, alpha=0.8
+        )
     best = means[stats.pareto(means[["cost", "nats"]].to_numpy(float).tolist())].sort_values("cost")
     axes.plot(best["cost"], best["nats"], color=INK, linewidth=0.8, linestyle=":", zorder=0)
+    for number, (name, row) in enumerate(best.iterrows(), 1):
+        place = row["cost"], row["nats"]
+        axes.annotate(str(number), place, (-7, -7), textcoords="offset points", ha="center", va="center", fontsize=8)
+        axes.plot([], [], linestyle="none", marker=f"${number}$", color=INK, markeredgewidth=0, label=str(name))
     axes.set(xlabel=label, ylabel="nats/token (less is better)")
+    axes.margins(0.12)
     if means["cost"].max() / means["cost"].min() > 30:
         axes.set_xscale("log")
     _legend(axes)
     points = "; ".join(f"{name} {row['nats']:.3f} nats at {row['cost']:.4g}" for name, row in means.iterrows())
-    return f"Dotted: those that none beats in both. {points}."
+    return f"Dotted and numbered: those that none beats in both, which are {', '.join(map(str, best.index))}. {points}."
 
 
 def _ends(rows: pd.DataFrame) -> tuple[float, float]:
