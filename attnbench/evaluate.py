@@ -31,11 +31,10 @@ class Likelihood:
     by_pixel: Tensor
 
     def recorded(self) -> dict[str, Any]:
-        """As a record holds it, to a millionth of a nat of each image and a ten-thousandth of each pixel: more is noise
-        of float32, and half of a record's bytes."""
+        """As a record holds it, to a millionth of a nat: what lies below is noise of float32, and half of the bytes."""
         return {
             "per_image_nats": [round(nats, 6) for nats in self.per_image.tolist()],
-            "nll_map": [[round(nats, 4) for nats in row] for row in self.by_pixel.tolist()],
+            "nll_map": [[round(nats, 6) for nats in row] for row in self.by_pixel.tolist()],
         }
 
 

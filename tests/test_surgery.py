@@ -51,7 +51,7 @@ def test_a_run_opens_as_it_was(run_of: Any) -> None:
     config = run.config
     from attnbench.evaluate import likelihood
 
-    assert likelihood(run.model(), tokens, config).per_image.tolist() == run.record["per_image_nats"]
+    assert likelihood(run.model(), tokens, config).recorded()["per_image_nats"] == run.record["per_image_nats"]
 
 
 def test_a_window_of_the_whole_grid_costs_nothing_and_a_narrow_one_something(

@@ -102,5 +102,6 @@ class _Local2D(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *grads, bias = _backward(grad, *ctx.saved_tensors, *ctx.grid)
-        return (*grads, bias if ctx.saved_tensors[-1] is not None else None, None, None, None)
+        saved = ctx.saved_tensors  # read once: where activations are recomputed, a second time is an error
+        *grads, bias = _backward(grad, *saved, *ctx.grid)
+        return (*grads, None if saved[-1] is None else bias, None, None, None)
