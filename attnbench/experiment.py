@@ -62,7 +62,9 @@ class Prepared:
 
 
 def resolve(config: RunConfig, cuda: bool | None = None) -> RunConfig:
-    """Every "auto" that depends on the machine, decided.  Raises Refusal where CUDA is asked for and absent.
+    """Every "auto" that depends on the machine, decided, and without what the variant would have untold.
+
+    Raises Refusal where CUDA is asked for and absent.
 
     `cuda`: whether the machine that the run is for has it; none: this one.
     """
@@ -77,7 +79,7 @@ def resolve(config: RunConfig, cuda: bool | None = None) -> RunConfig:
     objective: str = config.model.objective
     if objective == RunConfig().model.objective and objective not in objectives:
         objective = objectives[0]  # a model that is told the classes has no other
-    return config.model_copy(
+    decided = config.model_copy(
         update={
             "device": device,
             "parallel": distributed.resolve(config.parallel),
@@ -85,6 +87,7 @@ def resolve(config: RunConfig, cuda: bool | None = None) -> RunConfig:
             "model": config.model.model_copy(update={"objective": objective}),
         }
     )
+    return variants.plain(decided)
 
 
 def prepare(config: RunConfig) -> Prepared:

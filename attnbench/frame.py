@@ -57,6 +57,7 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
     numbers = [*METRICS, *DERIVED, "height", "width", "tokens", "seed", "lr"]
     runs[numbers] = runs[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
     runs["chosen"] = _chosen(runs) & runs["seed"].notna()  # a run without a seed cannot be paired
+    runs["chosen"] &= ~_twice(runs)
     return runs
 
 
@@ -71,7 +72,10 @@ def by_seed(runs: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame]]:
 
 
 def lookup(record: Record, path: str) -> Any:
-    """A record's value by a selector's key: its own keys, `data` (name), `side` (height), or a dotted setting."""
+    """A record's value by a selector's key: its own keys, `data` (name), `side` (height), or a dotted setting.
+
+    Where nothing was told, it is what the variant has of its own.
+    """
     if path in RUN:
         return record.get(path)
     if path in ("data", "data.name"):
@@ -81,31 +85,40 @@ def lookup(record: Record, path: str) -> Any:
     found: Any = record.get("config")
     for name in path.split("."):
         found = found.get(name) if isinstance(found, Mapping) else None
-    return found
+    return _untold(record).get(path) if found is None else found
+
+
+def told(record: Record) -> Record:
+    """What of its subject (SETTING) a record was told to be other than the variant is of its own, by dotted setting."""
+    config, own = part(record, "config"), _untold(record)
+    model = part(config, "model")
+    options = {f"model.options.{name}": value for name, value in part(model, "options").items()}
+    found = {"position": config.get("position"), **options, "model.backend": model.get("backend")}
+    nothing = {"position": None, "model.backend": "auto"}
+    return {path: value for path, value in found.items() if value not in (own.get(path), nothing.get(path), None)}
+
+
+def _untold(record: Record) -> Mapping[str, Any]:
+    from attnbench import variants  # imports torch, which a report without records does without
+
+    name = record.get("variant")
+    return variants.untold(name) if isinstance(name, str) else {}
 
 
 def matches(record: Record, selector: Selector) -> bool:
     """Whether a record is one that a selector means; one that names a variant means it at its own position, options and
     backend, but for those that it names too."""
-    if "variant" in selector and not _as_it_comes(record, selector):
+    if "variant" in selector and any(path not in selector for path in told(record)):
         return False
     return all(
         lookup(record, path) in (value if isinstance(value, tuple) else (value,)) for path, value in selector.items()
     )
 
 
-def _as_it_comes(record: Record, selector: Selector) -> bool:
-    config = part(record, "config")
-    model = part(config, "model")
-    changed = [f"model.options.{name}" for name in part(model, "options")]
-    changed += ["position"] if config.get("position") is not None else []
-    changed += ["model.backend"] if model.get("backend") not in (None, "auto") else []
-    return all(path in selector for path in changed)
-
-
 def select(runs: pd.DataFrame, *selectors: Selector) -> pd.DataFrame:
-    """The finished runs at their chosen learning rate that all the selectors mean."""
-    kept = (runs["status"] == "ok") & runs["chosen"].astype(bool)
+    """The finished runs that all the selectors mean, at the rate that they name or else at the chosen one."""
+    kept = (runs["status"] == "ok") & runs["seed"].notna()
+    kept &= ~_twice(runs) if any("train.lr" in selector for selector in selectors) else runs["chosen"].astype(bool)
     for selector in selectors:
         for path, value in selector.items():
             if path in _COLUMN_OF:  # by column first: most records are out before anyone looks into them
@@ -218,15 +231,12 @@ def _by_place(found: Any) -> dict[str, float | int | None]:
 
 def setting(record: Record) -> str:
     """The subject in words: the variant, its position if not its own, its options, its backend if not automatic."""
-    config = part(record, "config")
-    words = [str(record.get("variant"))]
-    if config.get("position"):
-        words.append(f"+ {config['position']}")
-    model = part(config, "model")
-    words += [f"{name}={value}" for name, value in sorted(part(model, "options").items())]
-    if model.get("backend") not in (None, "auto"):
-        words.append(f"({model['backend']})")
-    return " ".join(words)
+    found, words = told(record), [str(record.get("variant"))]
+    if position := found.pop("position", None):
+        words.append(f"+ {position}")
+    backend = found.pop("model.backend", None)
+    words += [f"{path.removeprefix('model.options.')}={value}" for path, value in sorted(found.items())]
+    return " ".join([*words, *([f"({backend})"] if backend else [])])
 
 
 def context(record: Record) -> str:
@@ -272,7 +282,10 @@ def number(value: Any) -> float | int | None:
 
 
 def _chosen(runs: pd.DataFrame) -> pd.Series:
-    """Of the rates that a cell tried, the best by validation on the seeds that tried them all; a failure loses."""
+    """Of the rates that a cell tried on most seeds, the best by validation on the seeds that tried them all.
+
+    A failure loses; so does what was tried on fewer seeds, for a sweep repeats what it chose.
+    """
     chosen = pd.Series(True, index=runs.index, dtype=bool)
     for _, tried in runs.groupby("cell", sort=False):
         if tried["lr"].nunique() < 2:
@@ -281,10 +294,19 @@ def _chosen(runs: pd.DataFrame) -> pd.Series:
         table = tried.assign(loss=loss).pivot_table(
             index="seed", columns="lr", values="loss", aggfunc="min", dropna=False
         )
+        seeds = np.isfinite(table).sum()
+        table = table.loc[:, seeds == seeds.max()]
         shared = table.dropna()
         means = (shared if len(shared) else table.fillna(math.inf)).mean()
         chosen[tried.index] = tried["lr"] == means.idxmin()
     return chosen
+
+
+def _twice(runs: pd.DataFrame) -> pd.Series:
+    """Which repeat a finished run of the same cell, rate and seed that tells as much; of several, all but one."""
+    known = runs[runs["status"] == "ok"].sort_values("train_peak_bytes", kind="stable", na_position="last")
+    repeated = known.duplicated(["cell", "lr", "seed"])
+    return repeated.reindex(runs.index, fill_value=False)
 
 
 _DEFAULTS = _flat(RunConfig.model_construct(variant="").model_dump(mode="json"))

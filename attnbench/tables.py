@@ -289,26 +289,33 @@ def regrets(source: str) -> Table:
 
 
 def positions(runs: pd.DataFrame) -> pd.DataFrame:
-    """C3: nats per token by variant and positional encoding, where an encoding was swapped."""
+    """C3: nats per token by what mixes and by positional encoding, where more than one was run."""
+    from attnbench import variants  # imports torch
+
     known = finished(runs).copy()
-    known["position"] = [frame.part(record, "config").get("position") or "own" for record in known["record"]]
-    if (known["position"] == "own").all():
-        return pd.DataFrame()
-    both = known[known["context"].isin(known[known["position"] != "own"]["context"])]
-    table = both.pivot_table(index=["context", "variant"], columns="position", values="nats_per_token", aggfunc="mean")
-    return table.reset_index().rename_axis(columns=None)
+    known["position"] = [frame.lookup(record, "position") for record in known["record"]]
+    known["mixer"] = known["variant"].map(variants.mixer)
+    table = known.pivot_table(index=["context", "mixer"], columns="position", values="nats_per_token", aggfunc="mean")
+    table = table[table.notna().sum(axis=1) > 1].dropna(axis="columns", how="all")
+    return table.reset_index().rename_axis(columns=None) if len(table) else pd.DataFrame()
 
 
 def windows(runs: pd.DataFrame) -> pd.DataFrame:
     """C4: likelihood, memory and throughput by radius or window, with the baseline of the same context."""
-    reach = pd.to_numeric(runs["setting"].str.extract(r"\b(?:radius|window)=(\d+)")[0])
-    local = runs[(runs["family"] == "local") | reach.notna()]
+    reach = {setting: _reach(own["record"].iloc[0]) for setting, own in runs.groupby("setting")}
+    local = runs[(runs["family"] == "local") | runs["setting"].map(reach).notna()]
     beside = runs[runs["context"].isin(local["context"]) & (runs["setting"] == baseline())]
     table = summary(pd.concat([local, beside]).drop_duplicates("id"))
     if table.empty:
         return table
-    table["reach"] = pd.to_numeric(table["setting"].str.extract(r"\b(?:radius|window)=(\d+)")[0])
+    table["reach"] = table["setting"].map(reach)
     return table[["setting", "reach", "context", "seeds", *_spread("nats_per_token"), *COSTS]]
+
+
+def _reach(record: frame.Record) -> float:
+    """How far a setting sees along the rows or the scan, in pixels; missing where it has no such option."""
+    found = [frame.number(frame.lookup(record, f"model.options.{name}")) for name in ("radius", "window")]
+    return next((float(reach) for reach in found if reach is not None), math.nan)
 
 
 def decoding(runs: pd.DataFrame) -> pd.DataFrame:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import multiprocessing
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import models
+from attnbench.config import RunConfig
 from attnbench.errors import Refusal
 from models import Mixer, Variant
 from models.registry import choose
@@ -43,6 +47,38 @@ def find(name: str) -> Variant:
     )
     register(cls)
     return models.VARIANTS[name]
+
+
+@functools.cache
+def untold(name: str) -> Mapping[str, Any]:
+    """What a variant of the catalogue has where nothing is told: its `position`, each `model.options.NAME`.
+
+    Empty for anyone's own attention, whose code would have to run.
+    """
+    if name not in models.VARIANTS:
+        return {}
+    known = models.VARIANTS[name]
+    options = {f"model.options.{option}": value for option, value in models.options(name).items()}
+    return options | ({"position": known.position} if issubclass(known.cls, Mixer) else {})
+
+
+def mixer(name: str) -> str:
+    """What is left of a variant without its position: of those that differ in nothing else, the family."""
+    known = models.VARIANTS.get(name)
+    alike = [other for other in models.VARIANTS.values() if known and other.cls is known.cls]
+    return known.family if known and len(alike) > 1 else name
+
+
+def plain(config: RunConfig) -> RunConfig:
+    """The same run without what it would have untold: however it was told, it has one id."""
+    own = untold(config.variant)
+    options = {
+        name: value for name, value in config.model.options.items() if own.get(f"model.options.{name}", ...) != value
+    }
+    position = None if config.position == own.get("position") else config.position
+    return config.model_copy(
+        update={"position": position, "model": config.model.model_copy(update={"options": options})}
+    )
 
 
 def _module(place: str) -> ModuleType:

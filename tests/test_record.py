@@ -18,7 +18,7 @@ import pytest
 import torch
 from pydantic import Field, create_model
 
-from attnbench import record, storage
+from attnbench import experiment, record, storage
 from attnbench.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from attnbench.errors import Refusal
 
@@ -75,6 +75,15 @@ def test_a_different_setting_is_a_different_id(change: dict[str, Any]) -> None:
 
 def test_where_it_is_written_is_not_identity() -> None:
     assert record.identify(RunConfig(out=Path("/elsewhere"), force=True)) == record.identify(RunConfig())
+
+
+def test_a_run_told_what_it_would_have_untold_has_the_same_id() -> None:
+    def named(**told: Any) -> str:
+        return record.identify(experiment.resolve(RunConfig(variant="local2d", **told)))
+
+    radii = {radius: named(model={"options": {"radius": radius}}) for radius in (2, 3)}
+    assert named() == radii[3] == named(position="learned1d") != radii[2]
+    assert named(position="learned2d") != named()
 
 
 def test_a_new_setting_does_not_rename_old_records() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from attnbench import cli, record, report, suite, sweep
+from attnbench import cli, frame, record, report, suite, sweep
 from tests import synthetic_records as synthetic
 
 PNG = bytes.fromhex(
@@ -88,6 +88,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole study with tuning, failures and pictures, and its report."""
     out = tmp_path_factory.mktemp("study")
     extra = [synthetic.one("linear", 0, lr=lr, status=status) for lr, status in ((1e-3, "ok"), (1e-2, "nan"))]
+    extra.append(synthetic.one("performer"))
     radii = [
         synthetic.one("local2d", s, nats=1.75, settings={"model": {"options": {"radius": r}}})
         for r in (1, 2)
@@ -160,7 +161,8 @@ def test_front_table_marks_the_pareto_optimal_and_ranks_what_separates(study: Pa
     assert best["local2d"] == 1
     assert worst["local2d"] < best["dense1d"] <= worst["dense1d"] < best["dense-none"]
     assert worst["dense-none"] < max(worst["local2d radius=1"], worst["local2d radius=2"])
-    assert rows["linear"]["rank"] == "1–8", "one seed separates from nothing"
+    assert rows["performer"]["rank"] == "1–9", "one seed separates from nothing"
+    assert rows["linear"]["seeds"] == "5", "a rate that one seed tried is not the one that five ran at"
     assert rows["dense1d"]["against_baseline"] == "the baseline"
     assert rows["local2d"]["against_baseline"].startswith("-0.0")
 
@@ -367,3 +369,18 @@ def test_a_records_json_is_plain(study: Path) -> None:
     """The fixture writes what runs write: nothing that only Python reads."""
     path = next((study / "runs").glob("*.json"))
     assert record.read(path) == json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_setting_is_one_however_it_was_told(tmp_path: Path) -> None:
+    def told(seed: int, **settings: Any) -> dict[str, Any]:
+        return synthetic.one("local2d", seed, settings=settings)
+
+    twins = [told(0), told(0, model={"options": {"radius": 3}}), told(1, position="learned1d"), told(2, measure=True)]
+    other = [told(0, model={"options": {"radius": 2}}), told(0, position="rope2d")]
+    runs = frame.frame([*twins, *other])
+    assert runs["setting"].tolist() == [*["local2d"] * 4, "local2d radius=2", "local2d + rope2d"]
+    assert runs["chosen"].tolist() == [True, False, True, True, True, True]
+    assert len(frame.select(runs, {"variant": "local2d", "model.options.radius": 3})) == 3
+    assert len(frame.select(runs, {"variant": "local2d", "model.options.radius": 3, "train.lr": 5e-3})) == 3
+    assert len(frame.select(runs, {"variant": "local2d", "position": "rope2d"})) == 1
+    assert len(frame.select(runs, {"variant": "local2d", "train.lr": 1e-3})) == 0
