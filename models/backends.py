@@ -138,9 +138,9 @@ def natten(
     right, and (True, False) shows what is to the right.  So the rows above, the own row and the start token are three
     calls, the first two with their keys shifted by one row and by one column, merged by the log of their masses.
 
-    NATTEN also moves a window at the border inward, to keep its size.  So the grid gets a margin, whose keys an extra
-    channel makes invisible.  The outputs are merged before it is cut off: NATTEN's merge is differentiable for views of
-    what its kernels gave, not for copies.
+    NATTEN also moves a window at the border inward, to keep its size.  So the grid gets a margin, whose keys the first
+    of a few more channels makes invisible.  The outputs are merged before it is cut off: NATTEN's merge is
+    differentiable for views of what its kernels gave, not for copies.
     """
     from natten.functional import attention, merge_attentions, na1d, na2d
 
@@ -149,29 +149,34 @@ def natten(
     settings: dict[str, Any] = {"scale": head_dim**-0.5, "return_lse": True}
     # On a CPU through FlexAttention, to be compared; on CUDA NATTEN picks its kernel.
     fna, fmha = ("flex-fna", "flex-fmha") if q.device.type == "cpu" else (None, None)
+    # Its kernels take multiples of eight, FlexAttention powers of two.
+    more = 8 if fna is None else (1 << head_dim.bit_length()) - head_dim
     near: dict[str, Any] = {**settings, "backend": fna, "attention_kwargs": {"backend": fmha}}
-    query, content = _on_grid(q, 1.0, height, width, 0), partial(_on_grid, height=height, width=width, extra=0.0)
+    on_grid = partial(_on_grid, height=height, width=width, more=more)
+    query, content = on_grid(q, first=1.0, shift=0), partial(on_grid, first=0.0)
     if not scan.causal:
         margin = ((radius, radius), (radius, radius))
-        out, _ = na2d(*_margin(query, content(k, shift=0), content(v, shift=0), *margin), kernel_size=wide, **near)
+        out, _ = na2d(
+            *_margin(query, content(k, shift=0), content(v, shift=0), head_dim, *margin), kernel_size=wide, **near
+        )
         return _cut(out, height, width, radius, radius, head_dim)
     top = max(0, radius + 1 - height)
     margin = ((top, 0), (radius, radius))
     # A pixel's key stands in the row below it; in the first row no key stands.
     lower = [F.pad(content(x, shift=1)[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)) for x in (k, v)]
     lower[0][:, 0, :, :, head_dim] = FAR * head_dim**0.5
-    padded = _margin(query, lower[0], lower[1], *margin)
+    padded = _margin(query, lower[0], lower[1], head_dim, *margin)
     above = na2d(*padded, kernel_size=(radius, wide), is_causal=(True, False), **near)
     # A pixel's key stands right of it, which is its slot's own place; in the first column no key stands.
     right = [content(x, shift=0) for x in (k, v)]
     right[0][:, :, 0, :, head_dim] = FAR * head_dim**0.5
-    rows = [x.flatten(0, 1) for x in _margin(query, right[0], right[1], *margin)]
+    rows = [x.flatten(0, 1) for x in _margin(query, right[0], right[1], head_dim, *margin)]
     beside = na1d(*rows, kernel_size=radius, is_causal=True, **near)
-    start = [F.pad(x[:, :, :1].transpose(1, 2), (0, 8)).contiguous() for x in (k, v)]  # (batch, 1, heads, channels)
+    start = [F.pad(x[:, :, :1].transpose(1, 2), (0, more)).contiguous() for x in (k, v)]  # (batch, 1, heads, channels)
     first = attention(padded[0].flatten(1, 2), *start, backend=fmha, **settings)
     batch, heads = q.shape[:2]
     parts = [
-        (out.reshape(batch, -1, heads, head_dim + 8), lse.reshape(batch, -1, heads))
+        (out.reshape(batch, -1, heads, head_dim + more), lse.reshape(batch, -1, heads))
         for out, lse in (above, beside, first)
     ]
     fused = fna is None
@@ -179,21 +184,24 @@ def natten(
     return _cut(merged.unflatten(1, (top + height, -1)), height, width, top, radius, head_dim)
 
 
-def _on_grid(x: Tensor, extra: float, height: int, width: int, shift: int) -> Tensor:
-    """(batch, heads, seq, d) -> (batch, height, width, heads, d + 8): slot t + shift at pixel t, with eight channels
-    more, the first of them `extra`; what has no slot is 0."""
-    x = F.pad(x[:, :, shift:], (0, 8, 0, shift))
-    x[..., -8] = extra
+def _on_grid(x: Tensor, first: float, height: int, width: int, shift: int, more: int) -> Tensor:
+    """(batch, heads, seq, d) -> (batch, height, width, heads, d + more): slot t + shift at pixel t; the channels more
+    are `first` and zeros; what has no slot is 0."""
+    dim = x.shape[-1]
+    x = F.pad(x[:, :, shift:], (0, more, 0, shift))
+    x[..., dim] = first
     return x.unflatten(2, (height, width)).permute(0, 2, 3, 1, 4).contiguous()
 
 
-def _margin(q: Tensor, k: Tensor, v: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> list[Tensor]:
+def _margin(
+    q: Tensor, k: Tensor, v: Tensor, head_dim: int, rows: tuple[int, int], cols: tuple[int, int]
+) -> list[Tensor]:
     """(batch, height, width, heads, channels) with rows and columns around them, whose keys nobody sees."""
     q, k, v = (F.pad(x, (0, 0, 0, 0, *cols, *rows)) for x in (q, k, v))
     inside = torch.zeros(k.shape[1:3], dtype=torch.bool, device=k.device)
     inside[rows[0] : k.shape[1] - rows[1], cols[0] : k.shape[2] - cols[1]] = True
     channel = torch.zeros_like(k[0, 0, 0, 0])
-    channel[-8] = FAR * (len(channel) - 8) ** 0.5  # the scale takes the root away again
+    channel[head_dim] = FAR * head_dim**0.5  # the scale takes the root away again
     return [q, k + channel * ~inside[None, :, :, None, None], v]
 
 
