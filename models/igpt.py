@@ -66,9 +66,12 @@ class Attention(nn.Module):
             extras["gates"] = rearrange(gates, "b n (h g) -> b h n g", h=self.heads)
         return q, k, v, extras
 
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, extras: dict[str, Any]) -> Tensor:
+        """What the mixer makes of them, (batch, seq, dim), before `out`."""
+        return rearrange(self.mixer(q, k, v, **extras), "b h n d -> b n (h d)")
+
     def forward(self, x: Tensor, slots: Tensor) -> Tensor:
-        q, k, v, extras = self.project(x, slots)
-        return self.out(rearrange(self.mixer(q, k, v, **extras), "b h n d -> b n (h d)"))
+        return self.out(self.mix(*self.project(x, slots)))
 
     def step(self, qkv: Tensor, gates: Tensor | None, slots: Tensor, state: Any) -> tuple[Tensor, Any]:
         """What the mixer makes of a slot's projections, (batch, 1, dim), before `out`."""
@@ -97,6 +100,12 @@ class MLP(nn.Module):
         return F.linear(x, down.weight / 1.702, down.bias)
 
 
+def fuses(x: Tensor, norms: tuple[Norm, ...], matrices: tuple[nn.Linear, ...]) -> bool:
+    """Whether a kernel takes norm, product and what follows in one go."""
+    weights = (m.weight for m in matrices)
+    return all(m.bias is None for m in matrices) and kernels.block.serves(x, *(norm.gain for norm in norms), *weights)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -106,8 +115,15 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = Norm(dim), MLP(dim)
 
     def forward(self, x: Tensor, slots: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), slots)
-        return x + self.mlp(self.mlp_norm(x))
+        attention, mlp, norm, last = self.attention, self.mlp, self.attention_norm, self.mlp_norm
+        matrices = attention.qkv, attention.out, mlp.up, mlp.down
+        if not fuses(x, (norm, last), matrices):
+            x = x + attention(norm(x), slots)
+            return x + mlp(last(x))
+        qkv, outer, up, down = (matrix.weight for matrix in matrices)
+        gates = attention.gated(norm(x)) if attention.gates else None
+        projected = attention.split(kernels.block.project(x, norm.gain, norm.eps, qkv), gates, slots)
+        return kernels.block.finish(x, attention.mix(*projected), outer, last.gain, last.eps, up, down)
 
     def step(self, x: Tensor, slots: Tensor, state: Any) -> tuple[Tensor, Any]:
         attention, mlp, norm, last = self.attention, self.mlp, self.attention_norm, self.mlp_norm
@@ -194,7 +210,10 @@ class ImageGPT(nn.Module):
         x = self.embed(tokens, hidden)
         for block in self.blocks:
             x = block(x, self.slots)
-        logits = self.head(self.norm(x))
+        if fuses(x, (self.norm,), (self.head,)):
+            logits = kernels.block.project(x, self.norm.gain, self.norm.eps, self.head.weight)
+        else:
+            logits = self.head(self.norm(x))
         logits = logits[:, torch.argsort(self.order)]
         return rearrange(logits, "b (h w) v -> b h w v", h=self.scan.grid.height)
 

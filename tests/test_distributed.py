@@ -190,7 +190,7 @@ def test_recomputation_computes_again() -> None:
         model: Any = ranks.model_of(config)
         seen: list[int] = []
         for block in model.blocks:
-            block.mlp.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+            block.attention.mixer.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
         train.train_step(model, train.make_optimiser(model, config), ranks.images()[:8], 0, config)
         assert len(seen) == runs
         with torch.no_grad():

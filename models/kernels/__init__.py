@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from . import block
 from .compiler import missing, unfit
 from .decode import attend, decodes, finish, project
 from .full import full
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from ..mixer import Mixer
 
 __all__ = [
-    "attend", "decodes", "finish", "full", "linear", "local2d", "missing", "offsets", "project", "serves", "unfit",
+    "attend", "block", "decodes", "finish", "full", "linear", "local2d", "missing", "offsets", "project", "serves",
+    "unfit",
 ]  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def _library(name: str) -> ctypes.CDLL:
     if sys.platform == "win32":
         raise Unavailable("the kernels are not built on Windows")
     compiler = _compiler()
-    sources = [HERE / f"{name}.cpp", HERE / "simd.h"]
+    sources = [HERE / f"{name}.cpp", *sorted(HERE.glob("*.h"))]
     parts = [
         *(source.read_text() for source in sources),
         _told(compiler, "--version"),

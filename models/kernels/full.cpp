@@ -14,7 +14,7 @@
 #include <omp.h>
 #endif
 
-#include "simd.h"
+#include "product.h"
 
 namespace {
 
@@ -23,14 +23,13 @@ struct Problem {
     double scale;  // of the scores: 1/√dim
 };
 
-constexpr int BLOCK = 64;                    // queries, and keys, of a square
-constexpr int SUMS = WIDEST >= 64 ? 24 : 12;  // vectors that a product keeps in registers
+constexpr int BLOCK = 64;  // queries, and keys, of a square
 
 template <typename T> struct Worker {
-    static constexpr int LANES = WIDEST / sizeof(T), VECTORS = BLOCK / LANES;
-    using S = Simd<T, LANES>;
+    using P = Product<T>;
+    using S = typename P::S;
     using V = typename S::V;
-    using I = typename S::I;
+    static constexpr int LANES = P::LANES, VECTORS = BLOCK / LANES;
 
     const Problem& p;
     const int64_t e;  // dim in whole vectors
@@ -47,53 +46,6 @@ template <typename T> struct Worker {
         qt = take(turned), yt = take(turned), weights = take(square);
         peak = take(BLOCK), mass = take(BLOCK), delta = take(BLOCK);
         if (backward) gt = take(turned), q = take(turned), g = take(turned), slopes = take(square);
-    }
-
-    // c[m][lane] += Σ_k a[m·m_step + k·k_step] b[k][lane] for M rows and N vectors; of the last vector `last` lanes count.
-    template <int M, int N>
-    static INLINE void tile(int64_t depth, const T* a, int64_t m_step, int64_t k_step, const T* b, int64_t b_pitch, T* c,
-                            int64_t c_pitch, int last) {
-        V sums[M][N]{};
-        for (int64_t k = 0; k < depth; k++) {
-            V row[N];
-            for (int n = 0; n < N; n++) row[n] = S::load(b + k * b_pitch + n * LANES);
-            for (int m = 0; m < M; m++) {
-                T x = a[m * m_step + k * k_step];
-                for (int n = 0; n < N; n++) sums[m][n] += x * row[n];
-            }
-        }
-        for (int m = 0; m < M; m++)
-            for (int n = 0; n < N; n++) {
-                T* to = c + m * c_pitch + n * LANES;
-                int count = n == N - 1 ? last : LANES;
-                S::store(to, S::load(to, count) + sums[m][n], count);
-            }
-    }
-
-    // The same for any number of rows.
-    template <int N>
-    static void rows(int64_t count, int64_t depth, const T* a, int64_t m_step, int64_t k_step, const T* b, int64_t b_pitch,
-                     T* c, int64_t c_pitch, int last) {
-        constexpr int M = N == 1 ? 16 * SUMS / 24 : SUMS / N;
-        for (; count >= M; count -= M, a += M * m_step, c += M * c_pitch)
-            tile<M, N>(depth, a, m_step, k_step, b, b_pitch, c, c_pitch, last);
-        for (; count >= 2; count -= 2, a += 2 * m_step, c += 2 * c_pitch)
-            tile<2, N>(depth, a, m_step, k_step, b, b_pitch, c, c_pitch, last);
-        if (count) tile<1, N>(depth, a, m_step, k_step, b, b_pitch, c, c_pitch, last);
-    }
-
-    // The same for any number of lanes.
-    static void product(int64_t count, int64_t lanes, int64_t depth, const T* a, int64_t m_step, int64_t k_step, const T* b,
-                        int64_t b_pitch, T* c, int64_t c_pitch) {
-        constexpr int WIDE = SUMS / 6;
-        while (lanes > 0) {
-            int64_t wide = lanes > (WIDE - 1) * LANES ? WIDE : lanes > LANES ? 2 : 1;
-            int last = int(std::min<int64_t>(LANES, lanes - (wide - 1) * LANES));
-            if (wide == WIDE) rows<WIDE>(count, depth, a, m_step, k_step, b, b_pitch, c, c_pitch, last);
-            else if (wide == 2) rows<2>(count, depth, a, m_step, k_step, b, b_pitch, c, c_pitch, last);
-            else rows<1>(count, depth, a, m_step, k_step, b, b_pitch, c, c_pitch, last);
-            lanes -= wide * LANES, b += wide * LANES, c += wide * LANES;
-        }
     }
 
     // `count` slots as rows of e numbers, as columns of BLOCK, or both; what is missing is zero.
@@ -138,24 +90,23 @@ template <typename T> struct Worker {
 
     // square[key][query] = Σ_d a[key][d] · turned[d][query]
     void scores(bool diagonal, int64_t keys, const T* a, int64_t stride, const T* turned, T* square) const {
-        std::fill_n(square, keys * BLOCK, T(0));
         parts(diagonal, keys, [&](int64_t v, int64_t vectors, int64_t count) {
-            product(count, vectors * LANES, p.dim, a, stride, 1, turned + v * LANES, BLOCK, square + v * LANES, BLOCK);
+            P::template any<false>(count, vectors * LANES, p.dim, a, stride, 1, turned + v * LANES, BLOCK, square + v * LANES, BLOCK);
         });
     }
 
     // turned[d][query] += Σ_key a[key][d] · square[key][query]
     void gather(bool diagonal, int64_t keys, const T* a, int64_t stride, const T* square, T* turned) const {
         parts(diagonal, keys, [&](int64_t v, int64_t vectors, int64_t count) {
-            product(p.dim, vectors * LANES, count, a, 1, stride, square + v * LANES, BLOCK, turned + v * LANES, BLOCK);
+            P::template any<true>(p.dim, vectors * LANES, count, a, 1, stride, square + v * LANES, BLOCK, turned + v * LANES, BLOCK);
         });
     }
 
     // to[key][d] += Σ_query square[key][query] · as_rows[query][d]
     void scatter(bool diagonal, int64_t keys, const T* square, const T* as_rows, T* to, int64_t stride) const {
-        if (!diagonal) return product(keys, p.dim, BLOCK, square, BLOCK, 1, as_rows, e, to, stride);
+        if (!diagonal) return P::template any<true>(keys, p.dim, BLOCK, square, BLOCK, 1, as_rows, e, to, stride);
         for (int64_t t = 0; t < keys; t += LANES)
-            product(std::min<int64_t>(LANES, keys - t), p.dim, BLOCK - t, square + t * BLOCK + t, BLOCK, 1, as_rows + t * e, e,
+            P::template any<true>(std::min<int64_t>(LANES, keys - t), p.dim, BLOCK - t, square + t * BLOCK + t, BLOCK, 1, as_rows + t * e, e,
                     to + t * stride, stride);
     }
 
