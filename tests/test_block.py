@@ -114,7 +114,7 @@ def test_the_number_of_threads_changes_no_bit(function: Function) -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            made.append(results(function, inputs(4, 200, 16, 64, torch.float32)))
+            made.append(results(function, inputs(6, 200, 16, 64, torch.float32)))
     finally:
         torch.set_num_threads(before)
     for other in made[1:]:
@@ -179,12 +179,12 @@ def test_the_trunk_takes_them_only_where_they_serve() -> None:
     model = build("dense1d", height=3, width=5, vocab=7, dim=8, depth=1, heads=2)
     inner: Any = model.get_submodule("blocks.0")
     norms, matrices = (inner.attention_norm, inner.mlp_norm), (inner.attention.qkv, inner.mlp.up)
-    long, short = torch.empty(4, 15, 8), torch.empty(1, 15, 8)
-    assert igpt.fuses(long, norms, matrices)
-    assert not igpt.fuses(short, norms, matrices)
-    assert not igpt.fuses(long.double(), norms, matrices)
-    assert not igpt.fuses(long.to("meta"), norms, matrices)
+    x = torch.empty(4, 15, 8)
+    assert igpt.fuses(x, norms, matrices)
+    assert not igpt.fuses(x.double(), norms, matrices)
+    assert not igpt.fuses(x.to("meta"), norms, matrices)
+    assert not igpt.fuses(torch.empty(1, 1, block.MOST_CHANNELS + 1), norms, matrices)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not igpt.fuses(long, norms, matrices)
+        assert not igpt.fuses(x, norms, matrices)
     inner.mlp.up.bias = torch.nn.Parameter(torch.ones(32))
-    assert not igpt.fuses(long, norms, matrices)
+    assert not igpt.fuses(x, norms, matrices)

@@ -105,9 +105,12 @@ def curves(folder: Path) -> Tensor:
 
 
 def test_two_processes_get_the_losses_of_one(tmp_path: Path) -> None:
-    """Over a whole run, validation on a number of images that two cannot share evenly."""
-    torchrun([["fit", tmp_path / p / name, settings(name, p)] for p in MODES for name in NAMED], tmp_path)
-    ranks.main([["fit", tmp_path / "none" / name, settings(name)] for name in NAMED])
+    """Over a whole run, validation on a number of images that two cannot share evenly.
+
+    At a rate of 3e-3 these steps make 2e-3 nats of a rounding error of 6e-8 in gla's gradients, also on one process.
+    """
+    torchrun([["fit", tmp_path / p / name, settings(name, p, lr=3e-4)] for p in MODES for name in NAMED], tmp_path)
+    ranks.main([["fit", tmp_path / "none" / name, settings(name, lr=3e-4)] for name in NAMED])
     for name in NAMED:
         one = curves(tmp_path / "none" / name)
         assert len(one) == 6 and one[0] != one[-1]

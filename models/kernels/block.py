@@ -14,15 +14,15 @@ from torch.autograd.function import once_differentiable
 
 from .compiler import call, missing, unfit
 
-LONG = 6
-"""Rows for each channel from which on weights, laid out anew at every call, weigh little beside x."""
-MOST_PARTS = 16
+MOST_CHANNELS = 512
+"""Beyond it torch's products are as fast, and the sums take more room than they save."""
+MOST_PARTS, ROWS_A_PART = 16, 512
 
 
 def serves(x: Tensor, *parameters: Tensor) -> bool:
-    """Whether the kernels can take x and these parameters, and x is long enough to be worth it."""
+    """Whether the kernels can take x and these parameters; which batch it is, plays no part."""
     return (
-        x.shape[:-1].numel() >= LONG * x.shape[-1]
+        x.shape[-1] <= MOST_CHANNELS
         and x.device.type == "cpu"
         and all(p.device.type == "cpu" and p.dtype == x.dtype for p in parameters)
         and unfit(x) is None
@@ -42,9 +42,9 @@ def finish(x: Tensor, mixed: Tensor, outer: Tensor, gain: Tensor, eps: float, up
 
 
 def _parts(x: Tensor) -> int:
-    """In how many parts the gradients of weights are summed: a power of two, their room near that of activations."""
-    wanted = min(MOST_PARTS, x.shape[:-1].numel() // (LONG * x.shape[-1]))
-    return 1 << max(1, wanted).bit_length() - 1
+    """In how many parts the gradients of weights are summed, which run at the same time: a power of two."""
+    wanted = min(MOST_PARTS, max(1, x.shape[:-1].numel() // ROWS_A_PART))
+    return 1 << wanted.bit_length() - 1
 
 
 def _run(function: str, x: Tensor, width: int, eps: float, *tensors: Tensor) -> None:
