@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .compiler import call, missing, unfit
 
@@ -91,7 +90,6 @@ class _Project(torch.autograd.Function):
         return _project(x, gain, weight, eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*_project_backward(grad, *ctx.saved_tensors, ctx.eps)[:-1], None)
 
@@ -139,6 +137,5 @@ class _Finish(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*_finish_backward(grad, *ctx.saved_tensors, ctx.eps)[:-1], None)
