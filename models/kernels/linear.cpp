@@ -7,7 +7,8 @@
 //     dv:    a = φ(q),  b = g,     x = φ(k)            backwards
 // where g is the gradient of the numerator, and in dφ v and g have one row more: ones, and the gradient of the mass.
 // A tile of ROWS rows by one vector stays in registers for a block of slots, so that every multiplication is one that
-// the definition asks for: 2·width·dim a slot and scan.  Memory O(n·dim): the backward pass scans again.
+// the definition asks for: 2·width·dim a slot and scan.  The forward pass keeps S and z before every block but the first,
+// so that the backward pass reads each block once, the last block first.  Tiles fetch the next block while they compute.
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -21,17 +22,30 @@
 namespace {
 
 struct Problem {
-    int64_t batch, heads, seq, width, dim, feature;  // width of φ, dim of v; feature 0: φ(x) = x, 1: elu(x) + 1
-    double floor;                                     // the normaliser is at least this
+    int64_t batch, heads, seq, width, dim, feature, block;  // width of φ, dim of v; feature 0: φ(x) = x, 1: elu(x) + 1
+    double floor;                                            // the normaliser is at least this
+    int64_t last() const { return (seq - 1) / block * block; }  // where the last block begins
 };
 
-constexpr int BLOCK = 64;                       // slots that are handled at a time
 constexpr int ROWS = WIDEST >= 64 ? 16 : 8;     // of a tile: as many as registers allow
+constexpr int LINE = 64;                        // bytes of a cache line
 
-// A block of slots in working memory: rows of `pitch` numbers, padded with zeros to whole vectors.
+// Slots as rows, `pitch` numbers from one to the next; in working memory padded with zeros to whole vectors.
 template <typename T> struct Rows {
     T* data;
     int64_t pitch;
+    T* at(int64_t slot) const { return data + slot * pitch; }
+    Rows from(int64_t column) const { return {data + column, pitch}; }
+};
+
+// Rows of a tensor in the next block: a slot's are fetched into the second level of cache.
+struct Ahead {
+    uintptr_t data;
+    int64_t pitch, bytes;
+    INLINE void fetch(int64_t slot) const {
+        for (int64_t i = 0; i < bytes; i += LINE)
+            __builtin_prefetch(reinterpret_cast<void*>(data + slot * pitch + i), 0, 2);
+    }
 };
 
 template <typename T> struct Worker {
@@ -42,88 +56,115 @@ template <typename T> struct Worker {
     const Problem& p;
     const int64_t m, e;  // width and dim in whole vectors
     std::vector<T> memory;
-    Rows<T> q, k, v, g, y;
-    T *ones, *slope, *state;
+    Rows<T> q, k, v, g, y, ones, slope;
+    T *share, *zeros, *state;
+    std::vector<Ahead> ahead;  // one for a tile, while there are any
 
     static int64_t whole(int64_t x) { return (x + LANES - 1) / LANES * LANES; }
 
     explicit Worker(const Problem& p) : p(p), m(whole(p.width)), e(whole(p.dim)) {
-        int64_t wide = std::max(m, e), states = (p.dim + 1) * m + p.width * e;
-        memory.resize(BLOCK * (2 * m + 2 * e + wide + 2) + states + LANES);
-        T* at = memory.data();
+        int64_t wide = std::max(m, e), block = whole(std::min(p.block, p.seq)), states = 2 * (p.dim + 1) * m + p.width * e;
+        memory.resize(block * (2 * m + 2 * e + wide + 3) + states + 2 * LANES);
+        ahead.reserve(8);
+        T* at = aligned(memory.data());
         auto take = [&at](int64_t count) { T* got = at; at += count; return got; };
-        q = {take(BLOCK * m), m}, k = {take(BLOCK * m), m}, v = {take(BLOCK * e), e}, g = {take(BLOCK * e), e};
-        y = {take(BLOCK * wide), wide};
-        ones = take(BLOCK), slope = take(BLOCK), state = take(states);
-        std::fill_n(ones, BLOCK, T(1));
+        q = {take(block * m), m}, k = {take(block * m), m}, v = {take(block * e), e}, g = {take(block * e), e};
+        y = {take(block * wide), wide}, ones = {take(block), 1}, slope = {take(block), 1};
+        share = take(block), zeros = take(LANES), state = take(states);
+        std::fill_n(ones.data, block, T(1));
     }
 
-    T inverse(T mass) const { return T(1) / (mass < T(p.floor) ? T(p.floor) : mass); }
+    static INLINE V same(V x, int64_t) { return x; }
 
-    static INLINE V feature_of(V x) {
+    static INLINE V feature_of(V x, int64_t) {
         V low = S::exp2((x > V{} ? V{} : x) * T(1.4426950408889634074));  // what is no number stays none
         return x > V{} ? x + T(1) : low;
     }
 
-    // `count` slots as rows, the features of them if asked.
-    void take(const Rows<T>& to, const T* from, int64_t stride, int64_t count, int64_t dim, bool feature) const {
-        for (int64_t t = 0; t < count; t++)
-            for (int64_t d = 0; d < dim; d += LANES) {
-                V x = S::load(from + t * stride + d, int(std::min<int64_t>(LANES, dim - d)));
-                if (feature && p.feature) {
-                    x = feature_of(x);
-                    if (dim - d < LANES)  // elu(0) + 1 is not 0
-                        for (int64_t i = dim - d; i < LANES; i++) x[i] = 0;
-                }
-                S::store(to.data + t * to.pitch + d, x);
-            }
+    static Rows<T> rows(const View<T>& x, int64_t b, int64_t h, int64_t first) {
+        return {x.at(b, h) + first * x.slot, x.slot};
     }
 
-    // Rows to slots; `inner`, if given, holds the features whose derivative the rows are multiplied with.
-    void put(const Rows<T>& from, T* to, int64_t stride, int64_t count, int64_t dim, const Rows<T>* inner) const {
-        for (int64_t t = 0; t < count; t++)
-            for (int64_t d = 0; d < dim; d += LANES) {
-                V x = S::load(from.data + t * from.pitch + d);
-                if (inner && p.feature) {
-                    V f = S::load(inner->data + t * inner->pitch + d);
-                    x = x * (f > T(1) ? S::fill(1) : f);  // φ' = 1 where x > 0, else exp x = φ
-                }
-                S::store(to + t * stride + d, x, int(std::min<int64_t>(LANES, dim - d)));
-            }
+    // `count` slots into working memory, each vector x of slot t as change(x, t).
+    template <typename Change>
+    static INLINE void take(Rows<T> to, Rows<T> from, int64_t count, int64_t dim, const Change& change) {
+        for (int64_t t = 0; t < count; t++) {
+            int64_t d = 0;
+            for (; d + LANES <= dim; d += LANES) S::store(to.at(t) + d, change(S::load(from.at(t) + d), t));
+            if (d == dim) continue;
+            V x = change(S::load(from.at(t) + d, int(dim - d)), t);
+            for (int64_t i = dim - d; i < LANES; i++) x[i] = 0;  // elu(0) + 1 is not 0
+            S::store(to.at(t) + d, x);
+        }
     }
 
-    // A tile of N rows: matrix += a bᵀ, y += xᵀ matrix, slot by slot.
+    void take_features(Rows<T> to, Rows<T> from, int64_t count) const {
+        if (p.feature) take(to, from, count, p.width, feature_of);
+        else take(to, from, count, p.width, same);
+    }
+
+    // Whole vectors are read where they lie.
+    void take_values(Rows<T> from, int64_t count) {
+        if (p.dim == e) v = from;
+        else take(v, from, count, p.dim, same);
+    }
+
+    void take_shares(const T* mass, int64_t count) const {
+        for (int64_t t = 0; t < count; t++) share[t] = T(1) / (mass[t] < T(p.floor) ? T(p.floor) : mass[t]);
+    }
+
+    // The rows of y to slots, each vector x of slot t and channel d as change(x, t, d).
+    template <typename Change> INLINE void put(Rows<T> to, int64_t count, int64_t dim, const Change& change) const {
+        for (int64_t t = 0; t < count; t++) {
+            int64_t d = 0;
+            for (; d + LANES <= dim; d += LANES) S::store(to.at(t) + d, change(S::load(y.at(t) + d), t, d));
+            if (d < dim) S::store(to.at(t) + d, change(S::load(y.at(t) + d), t, d), int(dim - d));
+        }
+    }
+
+    // The rows of y are gradients of these features: to slots as gradients of what the features are of.
+    void put_inner(Rows<T> features, Rows<T> to, int64_t count) const {
+        put(to, count, p.width, [&](V x, int64_t t, int64_t d) {
+            V f = S::load(features.at(t) + d);
+            return p.feature ? x * (f > T(1) ? S::fill(1) : f) : x;  // φ' = 1 where x > 0, else exp x = φ
+        });
+    }
+
+    // A tile of N rows: matrix += a bᵀ, y = before + xᵀ matrix, slot by slot.
     template <int N, bool BACKWARDS>
-    static void tile(T* matrix, int64_t pitch, int64_t count, const T* a, int64_t a_step, const Rows<T>& b, const T* x,
-                     int64_t x_step, const Rows<T>& y) {
+    static void tile(T* matrix, int64_t pitch, int64_t count, Rows<T> a, Rows<T> b, Rows<T> x, Rows<T> before, Rows<T> y,
+                     Ahead next) {
         constexpr int CHAINS = N < 4 ? N : 4;  // sums in parallel hide the latency of an addition
         V kept[N];
         for (int r = 0; r < N; r++) kept[r] = S::load(matrix + r * pitch);
         for (int64_t i = 0; i < count; i++) {
             int64_t t = BACKWARDS ? count - 1 - i : i;
-            V add = S::load(b.data + t * b.pitch), sums[CHAINS]{};
+            next.fetch(t);
+            V add = S::load(b.at(t)), sums[CHAINS]{};
             for (int r = 0; r < N; r++) {
-                kept[r] += a[t * a_step + r] * add;
-                sums[r % CHAINS] += x[t * x_step + r] * kept[r];
+                kept[r] += a.at(t)[r] * add;
+                sums[r % CHAINS] += x.at(t)[r] * kept[r];
             }
             for (int c = 1; c < CHAINS; c++) sums[0] += sums[c];
-            T* to = y.data + t * y.pitch;
-            S::store(to, S::load(to) + sums[0]);
+            S::store(y.at(t), S::load(before.at(t)) + sums[0]);
         }
         for (int r = 0; r < N; r++) S::store(matrix + r * pitch, kept[r]);
     }
 
-    // The whole matrix (rows, lanes), tile by tile; y must have been set.
+    // The whole matrix (rows, lanes), tile by tile; `more`: what y is already is added to.
     template <bool BACKWARDS>
-    static void scan(T* matrix, int64_t rows, int64_t lanes, int64_t count, const T* a, int64_t a_step, Rows<T> b,
-                     const T* x, int64_t x_step, Rows<T> y) {
+    void scan(T* matrix, int64_t rows, int64_t lanes, int64_t count, Rows<T> a, Rows<T> b, Rows<T> x, bool more = false) {
         for (int64_t lane = 0; lane < lanes; lane += LANES) {
             int64_t r = 0;
             auto by = [&](auto n) {
                 constexpr int N = decltype(n)::value;
-                for (; rows - r >= N; r += N)
-                    tile<N, BACKWARDS>(matrix + r * lanes + lane, lanes, count, a + r, a_step, {b.data + lane, b.pitch},
-                                       x + r, x_step, {y.data + lane, y.pitch});
+                for (; rows - r >= N; r += N) {
+                    Ahead next{};
+                    if (!ahead.empty()) next = ahead.back(), ahead.pop_back();
+                    Rows<T> to = y.from(lane), before = r || more ? to : Rows<T>{zeros, 0};
+                    tile<N, BACKWARDS>(matrix + r * lanes + lane, lanes, count, a.from(r), b.from(lane), x.from(r), before,
+                                       to, next);
+                }
             };
             by(std::integral_constant<int, ROWS>{});
             by(std::integral_constant<int, ROWS / 2>{});
@@ -132,96 +173,93 @@ template <typename T> struct Worker {
         }
     }
 
-    void clear(const Rows<T>& rows) const { std::fill_n(rows.data, BLOCK * rows.pitch, T(0)); }
-
     // Σ over the lanes of each of `count` slots of what `at(slot)` gives.
-    template <typename At> static void lane_sums(int64_t count, const At& at, T* to) {
+    template <typename At> static INLINE void lane_sums(int64_t count, const At& at, T* to) {
         for (int64_t t = 0; t < count; t += LANES) {
-            V x[LANES], sum{};
+            V x[LANES];
             for (int i = 0; i < LANES; i++) x[i] = t + i < count ? at(t + i) : V{};
-            S::transpose(x);
-            for (int i = 0; i < LANES; i++) sum += x[i];
-            S::store(to + t, sum, int(std::min<int64_t>(LANES, count - t)));
+            S::store(to + t, S::sums(x), int(std::min<int64_t>(LANES, count - t)));
         }
     }
 
-    void forward(int64_t b, int64_t h, const View<T> (&in)[3], const View<T>& out, T* mass) {
+    // The block of each tensor that begins at `first`, for the tiles to fetch; the first two are as wide as φ.
+    template <size_t N> void look_ahead(int64_t b, int64_t h, int64_t first, const View<T> (&tensors)[N]) {
+        for (size_t i = 0; i < N; i++) {
+            Rows<T> x = rows(tensors[i], b, h, first);
+            int64_t size = sizeof(T);
+            ahead.push_back({reinterpret_cast<uintptr_t>(x.data), x.pitch * size, (i < 2 ? p.width : p.dim) * size});
+        }
+    }
+
+    // S and z as the backward pass wants them: for each channel of v, then for the mass, a row Σ φ(k) times it.
+    void keep(const T* matrix, const T* sums, T* to) const {
+        for (int64_t d = 0; d < p.dim; d++)
+            for (int64_t r = 0; r < p.width; r++) to[d * p.width + r] = matrix[r * e + d];
+        std::copy_n(sums, p.width, to + p.dim * p.width);
+    }
+
+    void forward(int64_t b, int64_t h, const View<T> (&given)[4], T* mass, const View<T>& kept) {
         T *matrix = state, *sums = state + p.width * e;
+        mass += (b * p.heads + h) * p.seq;
         std::fill(matrix, sums + m, T(0));
-        for (int64_t first = 0; first < p.seq; first += BLOCK) {
-            int64_t count = std::min<int64_t>(BLOCK, p.seq - first);
-            take(q, in[0].at(b, h) + first * in[0].slot, in[0].slot, count, p.width, true);
-            take(k, in[1].at(b, h) + first * in[1].slot, in[1].slot, count, p.width, true);
-            take(v, in[2].at(b, h) + first * in[2].slot, in[2].slot, count, p.dim, false);
-            clear(y);
-            scan<false>(matrix, p.width, e, count, k.data, m, v, q.data, m, y);
-            T* masses = mass + (b * p.heads + h) * p.seq + first;
+        for (int64_t first = 0; first < p.seq; first += p.block) {
+            int64_t count = std::min<int64_t>(p.block, p.seq - first);
+            auto at = [&](int64_t which) { return rows(given[which], b, h, first); };
+            if (first) keep(matrix, sums, kept.at(b, h) + (first / p.block - 1) * kept.slot);
+            if (first < p.last()) look_ahead(b, h, first + p.block, given);
+            take_features(q, at(0), count), take_features(k, at(1), count), take_values(at(2), count);
             lane_sums(count, [&](int64_t t) {
                 V total{};
                 for (int64_t d = 0; d < m; d += LANES) {
-                    V sum = S::load(sums + d) + S::load(k.data + t * m + d);
+                    V sum = S::load(sums + d) + S::load(k.at(t) + d);
                     S::store(sums + d, sum);
-                    total += sum * S::load(q.data + t * m + d);
+                    total += sum * S::load(q.at(t) + d);
                 }
                 return total;
-            }, masses);
-            for (int64_t t = 0; t < count; t++) {
-                V share = S::fill(inverse(masses[t]));
-                for (int64_t d = 0; d < e; d += LANES) {
-                    T* at = y.data + t * y.pitch + d;
-                    S::store(at, S::load(at) * share);
-                }
-            }
-            put(y, out.at(b, h) + first * out.slot, out.slot, count, p.dim, nullptr);
+            }, mass + first);
+            take_shares(mass + first, count);
+            scan<false>(matrix, p.width, e, count, k, v, q);
+            put(at(3), count, p.dim, [&](V x, int64_t t, int64_t) { return x * share[t]; });
+            ahead.clear();
         }
     }
 
     // q, k, v of a block, and from the gradient of out those of the numerator (g) and of the mass (slope).
     void take_block(int64_t b, int64_t h, int64_t first, int64_t count, const View<T> (&in)[5], const T* mass) {
-        take(q, in[0].at(b, h) + first * in[0].slot, in[0].slot, count, p.width, true);
-        take(k, in[1].at(b, h) + first * in[1].slot, in[1].slot, count, p.width, true);
-        take(v, in[2].at(b, h) + first * in[2].slot, in[2].slot, count, p.dim, false);
-        take(g, in[3].at(b, h) + first * in[3].slot, in[3].slot, count, p.dim, false);
-        const T* out = in[4].at(b, h) + first * in[4].slot;
-        mass += (b * p.heads + h) * p.seq + first;
-        for (int64_t t = 0; t < count; t++) {
-            V share = S::fill(inverse(mass[t]));
-            for (int64_t d = 0; d < e; d += LANES) S::store(g.data + t * e + d, S::load(g.data + t * e + d) * share);
-        }
+        auto at = [&](int64_t which) { return rows(in[which], b, h, first); };
+        take_shares(mass, count);
+        take_features(q, at(0), count), take_features(k, at(1), count), take_values(at(2), count);
+        take(g, at(3), count, p.dim, [&](V x, int64_t t) { return x * share[t]; });
         lane_sums(count, [&](int64_t t) {
             V total{};
             for (int64_t d = 0; d < p.dim; d += LANES)
-                total -= S::load(g.data + t * e + d) *
-                         S::load(out + t * in[4].slot + d, int(std::min<int64_t>(LANES, p.dim - d)));
+                total -= S::load(g.at(t) + d) * S::load(at(4).at(t) + d, int(std::min<int64_t>(LANES, p.dim - d)));
             return mass[t] < T(p.floor) ? V{} : total;
-        }, slope);
+        }, slope.data);
     }
 
-    void backward(int64_t b, int64_t h, const View<T> (&in)[5], const View<T> (&grad)[3], const T* mass) {
-        T *matrix = state, *sums = matrix + p.dim * m, *turned = sums + m;
-        auto put_at = [&](int64_t which, int64_t first, int64_t count, int64_t dim, const Rows<T>* inner) {
-            put(y, grad[which].at(b, h) + first * grad[which].slot, grad[which].slot, count, dim, inner);
-        };
-        std::fill(matrix, turned, T(0));
-        for (int64_t first = 0; first < p.seq; first += BLOCK) {
-            int64_t count = std::min<int64_t>(BLOCK, p.seq - first);
-            take_block(b, h, first, count, in, mass);
-            clear(y);
-            scan<false>(matrix, p.dim, m, count, v.data, e, k, g.data, e, y);
-            scan<false>(sums, 1, m, count, ones, 1, k, slope, 1, y);
-            put_at(0, first, count, p.width, &q);
-        }
-        std::fill(matrix, turned + p.width * e, T(0));
-        for (int64_t first = (p.seq - 1) / BLOCK * BLOCK; first >= 0; first -= BLOCK) {
-            int64_t count = std::min<int64_t>(BLOCK, p.seq - first);
-            take_block(b, h, first, count, in, mass);
-            clear(y);
-            scan<true>(matrix, p.dim, m, count, g.data, e, q, v.data, e, y);
-            scan<true>(sums, 1, m, count, slope, 1, q, ones, 1, y);
-            put_at(1, first, count, p.width, &k);
-            clear(y);
-            scan<true>(turned, p.width, e, count, q.data, m, g, k.data, m, y);
-            put_at(2, first, count, p.dim, nullptr);
+    void backward(int64_t b, int64_t h, const View<T> (&in)[5], const View<T> (&grad)[3], const T* mass, const View<T>& kept) {
+        T *earlier = state, *later = earlier + (p.dim + 1) * m, *turned = later + (p.dim + 1) * m;
+        mass += (b * p.heads + h) * p.seq;
+        std::fill(state, turned + p.width * e, T(0));
+        for (int64_t first = p.last(); first >= 0; first -= p.block) {
+            int64_t count = std::min<int64_t>(p.block, p.seq - first);
+            auto to = [&](int64_t which) { return rows(grad[which], b, h, first); };
+            const T* before = first ? kept.at(b, h) + (first / p.block - 1) * kept.slot : nullptr;
+            for (int64_t r = 0; r <= p.dim; r++)
+                if (before) std::copy_n(before + r * p.width, p.width, earlier + r * m);
+                else std::fill_n(earlier + r * m, p.width, T(0));
+            if (first) look_ahead(b, h, first - p.block, in), look_ahead(b, h, first - p.block, grad);
+            take_block(b, h, first, count, in, mass + first);
+            scan<false>(earlier, p.dim, m, count, v, k, g);
+            scan<false>(earlier + p.dim * m, 1, m, count, ones, k, slope, true);
+            put_inner(q, to(0), count);
+            scan<true>(later, p.dim, m, count, g, q, v);
+            scan<true>(later + p.dim * m, 1, m, count, slope, q, ones, true);
+            put_inner(k, to(1), count);
+            scan<true>(turned, p.width, e, count, q, g, k);
+            put(to(2), count, p.dim, [](V x, int64_t, int64_t) { return x; });
+            ahead.clear();
         }
     }
 };
@@ -248,28 +286,31 @@ template <typename T, typename Head> int run(const Problem& p, int threads, cons
 }
 
 template <typename T> int forward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
-    View<T> in[3] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}}, out(at[3], strides[3]);
+    View<T> given[4] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}, {at[3], strides[3]}};
+    View<T> kept(at[5], strides[5]);
     return run<T>(p, threads, [&](Worker<T>& worker, auto b, auto h) {
-        worker.forward(b, h, in, out, static_cast<T*>(at[4]));
+        worker.forward(b, h, given, static_cast<T*>(at[4]), kept);
     });
 }
 
 template <typename T> int backward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
     View<T> in[5] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}, {at[3], strides[3]}, {at[4], strides[4]}};
     View<T> grad[3] = {{at[5], strides[5]}, {at[6], strides[6]}, {at[7], strides[7]}};
+    View<T> kept(at[9], strides[9]);
     return run<T>(p, threads, [&](Worker<T>& worker, auto b, auto h) {
-        worker.backward(b, h, in, grad, static_cast<const T*>(at[8]));
+        worker.backward(b, h, in, grad, static_cast<const T*>(at[8]), kept);
     });
 }
 
 }  // namespace
 
-// shape: batch, heads, seq, width, dim, feature; then the floor.  Returns 0, or 1 where memory does not suffice.
-// forward: q, k, v, out, mass (batch, heads, seq).  backward: q, k, v, gradient of out, out, dq, dk, dv, mass.
+// shape: batch, heads, seq, width, dim, feature, block; then the floor.  Returns 0, or 1 where memory does not suffice.
+// forward: q, k, v, out, mass (batch, heads, seq), kept (batch, heads, blocks - 1, (dim + 1)·width).
+// backward: q, k, v, gradient of out, out, dq, dk, dv, mass, kept.
 #define EXPORT(name, T, type)                                                                                       \
     extern "C" int linear_##name##_##type(const int64_t* s, double floor, int threads, void** at,                \
                                            const int64_t (*strides)[3]) {                                          \
-        Problem p{s[0], s[1], s[2], s[3], s[4], s[5], floor};                                                      \
+        Problem p{s[0], s[1], s[2], s[3], s[4], s[5], s[6], floor};                                                \
         return name<T>(p, threads, at, strides);                                                                    \
     }
 EXPORT(forward, float, float32)

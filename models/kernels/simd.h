@@ -20,6 +20,14 @@ template <typename T> struct Bits;
 template <> struct Bits<float> { using type = int32_t; static constexpr int mantissa = 23, degree = 7; };
 template <> struct Bits<double> { using type = int64_t; static constexpr int mantissa = 52, degree = 13; };
 
+// Of the exponential function's series: 1/k!.
+template <typename T> struct Series {
+    T at[Bits<T>::degree + 1];
+    constexpr Series() : at{1} {
+        for (int k = 1; k <= Bits<T>::degree; k++) at[k] = at[k - 1] / k;
+    }
+};
+
 template <typename T, int LANES> struct Simd {
     typedef T V __attribute__((vector_size(LANES * sizeof(T))));
     typedef typename Bits<T>::type I __attribute__((vector_size(LANES * sizeof(T))));
@@ -49,12 +57,13 @@ template <typename T, int LANES> struct Simd {
     static INLINE V exp2(V x) {
         constexpr T lowest = std::numeric_limits<T>::min_exponent - 1;
         constexpr T ln2 = 0.693147180559945309417232121458176568;
+        constexpr Series<T> series;
         const T magic = T(3) * (int64_t(1) << (Bits<T>::mantissa - 1));  // adding it rounds to a whole number
         V inside = max(x, fill(lowest));  // a lane that is no number is put back below
         V whole = inside + magic;
         V rest = (inside - (whole - magic)) * ln2;  // in ±ln2/2, where Taylor's series converges at once
-        V y = fill(T(1));
-        for (int k = Bits<T>::degree; k > 0; k--) y = y * rest * (T(1) / k) + T(1);
+        V y = fill(series.at[Bits<T>::degree]);
+        for (int k = Bits<T>::degree; k > 0; k--) y = y * rest + series.at[k - 1];
         I scaled = (I)y + ((I)whole << Bits<T>::mantissa);
         V result = x < lowest ? V{} : (V)scaled;
         return x == x ? result : x;
@@ -78,7 +87,19 @@ template <typename T, int LANES> struct Simd {
             for (int i = 0; i < LANES; i++) a[i] = b[i];
         }
     }
+    // The sum of each vector, in the lane of its number: what is zipped is added at once.
+    static INLINE V sums(V (&a)[LANES]) {
+        constexpr auto lanes = std::make_index_sequence<LANES>{};
+        for (int half = LANES / 2; half; half /= 2)
+            for (int i = 0; i < half; i++) a[i] = zip_low(a[i], a[i + half], lanes) + zip_high(a[i], a[i + half], lanes);
+        return a[0];
+    }
 };
+
+// Where whole vectors begin, less than a vector further on: what lies across two cache lines is loaded twice.
+template <typename T> T* aligned(T* at) {
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(at) + WIDEST - 1) / WIDEST * WIDEST);
+}
 
 // Where a (batch, heads, seq, dim) tensor lies: strides in numbers, that of dim being 1.
 template <typename T> struct View {
