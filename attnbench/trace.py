@@ -106,11 +106,11 @@ class Meter(TorchDispatchMode):
             self._count("overhead", PROCESS)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # what autograd asks more often than it computes
         if torch._C._current_graph_task_id() != -1:
             self.phase = "backward"
         out = _run(func, args, kwargs or {})
-        if func is torch.ops.prim.device.default:
-            return out
         self.trace.operations += 1
         if self.phase == "forward" and self._device == "cpu":
             self._nodes += 1
@@ -210,8 +210,9 @@ def _overhead(size: int, device: str) -> int:
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """The operation on fake tensors; for real where it has none and gives small whole numbers."""
-    leaves = tree_leaves((args, kwargs))
-    if any(isinstance(leaf, FakeTensor) for leaf in leaves):
+    if any(isinstance(x, FakeTensor) for x in args) or any(
+        isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))
+    ):
         return func(*args, **kwargs)
     try:
         out = func(*args, **kwargs)
