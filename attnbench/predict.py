@@ -1,19 +1,23 @@
 """Cost predicted without allocating anything: what a fake training step (trace.py) says, at any depth and size.
 
-Layers repeat, so a deep model is traced at two small depths of the same parity and continued along the line through
-them; where layers do not repeat, it is traced as it is. A step of very many operations, which is that of a recurrence
-that walks the sequence, is traced at small heights of the same width and continued along a line too; the FLOPs of
-long sequences along the parabola through three. A continuation is exact where the figure is such a polynomial; tests
-compare.
+Layers repeat, so a deep model is traced at two small depths and continued along the line through them, stretch by
+stretch of the step; where layers do not repeat, it is traced as it is. A stretch in the middle of a deep model has its
+like among the first layers or the last: from one layer to the next what is alive grows, or falls, by the same.
+
+A step of very many operations, which is that of a recurrence that walks the sequence, is traced at small heights of the
+same width and continued along a line too; the FLOPs of long sequences along the parabola through three. A continuation
+is exact where the figure is such a polynomial; tests compare.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import gcd, lcm
+from functools import cache
+from itertools import product
+from math import gcd, inf, lcm
 from typing import Any
 
 from torch import nn
@@ -21,23 +25,17 @@ from torch import nn
 from attnbench import trace
 from attnbench.measure import Request
 
-SHALLOW = 8
-"""Models up to this depth are traced as they are."""
-
 PERIODS = (1, 2, 3, 4, 5, 6, 8)
 """After so many layers the kinds of layer may repeat."""
 
-OPERATIONS = 6_000
-"""A longer step is not traced at full height."""
+OPERATIONS = 1_500
+"""A longer step, of the shallowest model that is traced, is not traced at full height."""
 
 STRAIGHT = 0.01
 """So much of the peak may the third of three heights lie beside the line through the others."""
 
 LONG = 2**13
 """FLOPs of longer sequences are continued from shorter ones: exact masks are counted pair by pair."""
-
-_walks: dict[str, int] = {}
-"""Variants that turned out to have steps of too many operations, and at how many slots."""
 
 Figures = dict[tuple[str, str], Fraction]
 """(stretch of the step, kind of memory) or ("model", "parameters" or "flops") -> its size."""
@@ -63,24 +61,46 @@ class Predictor:
     def __init__(self, request: Request) -> None:
         self._request = request
         self._depths = _small_depths(request)
+        self._peaks = cache(self._memory)
+        self._long = inf
+        """Slots from which on a step was too long."""
 
     def __call__(self, height: int, width: int) -> Prediction:
         """Everything. Raises Refusal where no such model can be built."""
-        figures = self._deep(height, width, _memory) | self._deep(height, width, _size)
-        model = {kind: round(size) for (place, kind), size in figures.items() if place == "model"}
-        return Prediction(model["parameters"], model["flops"], _worst(figures))
+        model = self._deep([(d, _size(r)) for d, r in self._shallow(height, width)])
+        size = {kind: round(figure) for (_, kind), figure in model.items()}
+        return Prediction(size["parameters"], size["flops"], _worst(self._peaks(height, width)))
 
     def bytes(self, height: int, width: int) -> int:
         """The peak alone."""
-        return sum(_worst(self._deep(height, width, _memory)).values())
+        return sum(_worst(self._peaks(height, width)).values())
 
-    def _deep(self, height: int, width: int, figures: Callable[[Request], Figures]) -> Figures:
-        """The figures of the model, from two shallower ones of the same kinds of layers where there are such."""
+    def _shallow(self, height: int, width: int) -> list[tuple[int, Request]]:
+        """The models that are traced, by depth: two shallow ones where layers repeat."""
         request = replace(self._request, height=height, width=width)
-        if not self._depths:
-            return figures(request)
-        points = [(d, figures(_with_depth(request, d))) for d in self._depths]
-        return _continued(points, request.config.model.depth)
+        return [(d, _with_depth(request, d)) for d in self._depths]
+
+    def _deep(self, points: list[tuple[int, Figures]]) -> Figures:
+        return _continued(points, self._request.config.model.depth)
+
+    def _memory(self, height: int, width: int) -> Figures:
+        """The stretches' peaks."""
+        (depth, shallowest), *others = self._shallow(height, width)
+        points = self._whole(shallowest) or _confirmed(shallowest)
+        heights = [h for h, _ in points]
+        through = [(depth, _continued(points, height))]
+        return self._deep(through + [(d, _continued(_at(r, heights), height)) for d, r in others])
+
+    def _whole(self, request: Request) -> list[tuple[int, Figures]]:
+        """The peaks at full height; none where that takes too many operations and there are small heights."""
+        small, slots = _small_heights(request, rows=1, slots=256), request.height * request.width
+        if small and slots >= self._long:
+            return []
+        try:
+            return [(request.height, _traced(request, OPERATIONS if small else None))]
+        except trace.TooLong:
+            self._long = slots
+            return []
 
 
 def peak_bytes(request: Request) -> int:
@@ -94,39 +114,28 @@ def _worst(figures: Figures) -> dict[str, int]:
     for (place, kind), size in figures.items():
         if place != "model":
             places.setdefault(place, Counter())[kind] = max(0, round(size))
-    worst = max(places.values(), key=lambda kinds: kinds.total())
+    worst = max(places.values(), key=Counter.total)
     return {kind: worst[kind] for kind in trace.KINDS}
 
 
 # --- the figures of one model as it is --------------------------------------------------------------------------------
 
 
-def _memory(request: Request) -> Figures:
-    """The stretches' peaks, traced at full height or continued from small ones."""
+def _at(request: Request, heights: Sequence[int]) -> list[tuple[int, Figures]]:
+    return [(h, _traced(replace(request, height=h), None)) for h in heights]
+
+
+def _confirmed(request: Request) -> list[tuple[int, Figures]]:
+    """Two small heights, whose line a third has confirmed: a model may do otherwise from some size on (compute in
+    groups, and again in the backward pass). Then taller ones, or the full height where there are none."""
     heights = _small_heights(request, rows=1, slots=256)
-    size = request.height * request.width
-    if not heights or size < _walks.get(request.config.variant, size + 1):
-        try:
-            return _traced(request, OPERATIONS if heights else None)
-        except trace.TooLong:
-            _walks[request.config.variant] = size
-    return _walked(request, heights)
-
-
-def _walked(request: Request, heights: list[int]) -> Figures:
-    """From two heights, which a third must confirm: a model may do otherwise from some size on (compute in groups, and
-    again in the backward pass). Then from taller ones, or at full height where there are none."""
-
-    def traced(height: int) -> tuple[int, Figures]:
-        return height, _traced(replace(request, height=height), None)
-
-    points = [traced(h) for h in heights]
+    points = _at(request, heights)
     while _beside(points) > STRAIGHT:
-        first, step = points[2][0], points[1][0] - points[0][0]
+        first, step = points[2][0], 2 * (points[2][0] - points[1][0])
         if first + 2 * step >= request.height:
-            return _traced(request, None)
-        points = [points[2], traced(first + step), traced(first + 2 * step)]
-    return _continued(points[1:], request.height)
+            return _at(request, [request.height])
+        points = [points[2], *_at(request, [first + step, first + 2 * step])]
+    return points[1:]
 
 
 def _beside(points: list[tuple[int, Figures]]) -> float:
@@ -157,13 +166,16 @@ def _counted(request: Request) -> Figures:
 
 
 def _small_heights(request: Request, rows: int, slots: int) -> list[int]:
-    """Three heights below the request's, or none, each of `slots` slots more than the one before.
+    """Three heights below the request's, or none, of `slots` slots at least, and each of as many more than the last.
 
-    They leave the same rest as the request's height in `rows` and in the rows that fill chunks of 64 slots.
+    They leave the same rest as the request's height in `rows` and in the rows that fill chunks of slots.
     """
-    stride = lcm(rows, 64 // gcd(request.width, 64))
+    model = request.config.model
+    chunk = max(64, 1 << (model.dim // model.heads - 1).bit_length())  # as recurrences take for wide heads
+    stride = lcm(rows, chunk // gcd(request.width, chunk))
     stride *= -(-slots // (stride * request.width))
-    first = request.height % stride + stride
+    first = request.height % stride
+    first += stride if first < max(rows, -(-slots // request.width)) else 0
     heights = [first, first + stride, first + 2 * stride]
     return heights if heights[-1] < request.height else []
 
@@ -179,45 +191,45 @@ def _with_depth(request: Request, depth: int) -> Request:
 
 
 def _small_depths(request: Request) -> list[int]:
-    """Two depths on whose line the request's lies, layer by layer, or none.
-
-    They differ from it by even numbers of periods: the middle of the backward pass then lies at like places.
-    """
+    """Two depths on whose line the request's lies, layer by layer, a period of layers apart; or the request's own."""
     depth = request.config.model.depth
-    if depth <= SHALLOW:
-        return []
     small = replace(request, height=min(request.height, 8), width=min(request.width, 8))
-    whole = _layers(small)
-    for period in PERIODS:
-        first = depth % (2 * period) + 4 * period
-        depths = [first, first + 2 * period]
-        if depths[1] >= depth:
-            return []
-        low, high = (_layers(_with_depth(small, d)) for d in depths)
-        steps = (depth - first) // (2 * period)
-        if all(whole[k] == low[k] + steps * (high[k] - low[k]) for k in whole | high):
+    layers = cache(lambda d: _layers(_with_depth(small, d)))
+    for period, periods in product(PERIODS, (1, 2)):
+        first = depth % period + periods * period
+        depths = [first, first + period]
+        steps = (depth - first) // period
+        if sum(depths) < depth and all(
+            layers(depth)[k] == layers(first)[k] + steps * (layers(depths[1])[k] - layers(first)[k])
+            for k in layers(depth) | layers(depths[1])
+        ):
             return depths
-    return []
+    return [depth]
 
 
 def _layers(request: Request) -> Counter[Any]:
-    """How many modules there are of each kind: class, shapes of its own parameters, plain settings but its number."""
+    """How many modules there are of each kind, and what their own parameters hold; a kind is a class and plain settings
+    but its number."""
     root = trace.build(request)
-    return Counter(_kind(module) for module in root.modules() if module is not root)
+    found: Counter[Any] = Counter()
+    for module in root.modules():
+        if module is not root:
+            found[_kind(module)] += 1
+            found[_kind(module), "elements"] += sum(p.numel() for p in module.parameters(recurse=False))
+    return found
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
-    shapes = tuple(tuple(p.shape) for p in module.parameters(recurse=False))
     settings = tuple(
         (name, value)
         for name, value in sorted(vars(module).items())
         if isinstance(value, bool | int | float | str) and name not in ("index", "depth", "training")
     )
-    return type(module).__name__, shapes, settings
+    return type(module).__name__, settings
 
 
 def _continued(points: Sequence[tuple[int, Figures]], at: int) -> Figures:
-    """The polynomial through the points, at another place, figure by figure (Lagrange; exact)."""
+    """The polynomial through the points, at another place, for each stretch that all have (Lagrange; exact)."""
     weights = []
     for x, _ in points:
         weight = Fraction(1)
@@ -225,7 +237,8 @@ def _continued(points: Sequence[tuple[int, Figures]], at: int) -> Figures:
             if other != x:
                 weight *= Fraction(at - other, x - other)
         weights.append(weight)
-    keys = {key for _, figures in points for key in figures}
+    shared = set.intersection(*({place for place, _ in figures} for _, figures in points))
+    keys = {key for _, figures in points for key in figures if key[0] in shared}
     return {
         key: sum((w * f.get(key, Fraction(0)) for w, (_, f) in zip(weights, points, strict=True)), Fraction(0))
         for key in keys

@@ -10,9 +10,11 @@ computed for real, because their contents decide shapes; the kernels' own workin
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,12 +61,10 @@ LANES = 16
 copies. Inferred from measured peaks, not read from the kernels: of no, two and three copies, two came nearest for the
 ResNet."""
 
-FIRST = 8
-"""Of the backward pass, so many gradients are told apart, those of the last block and the head; the rest is halves."""
-
 Place = str
-"""A stretch of a step: "forward", "backward 0" (no gradient is there yet) and on, "early backward", "late backward",
-"update". Stretches are short where the peak may lie, so that each peak is at one operation, whatever the size."""
+"""A stretch of a step: "forward"; what leads to one gradient, by its parameter's name, twice (see `_names`);
+"backward", which follows the last gradient; "update". Stretches are so short that the peak of each is at one operation,
+whatever the size."""
 
 
 class TooLong(Exception):
@@ -100,16 +100,17 @@ class Meter(TorchDispatchMode):
         self._limit = limit
         self._alive: dict[int, tuple[str, int, Any]] = {}
         self._now: Counter[str] = Counter()
-        self._total = self._nodes = 0
-        self._parameters = self._arrived = 0
+        self._most: Counter[str] = Counter()
+        self._layered = False
+        self._total = self._peak = self._nodes = 0
         if device == "cpu":
             self._count("overhead", PROCESS)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # what autograd asks more often than it computes
-        if torch._C._current_graph_task_id() != -1:
-            self.phase = "backward"
+        if self.phase != "backward" and torch._C._current_graph_task_id() != -1:
+            self.enter("backward")
         out = _run(func, args, kwargs or {})
         self.trace.operations += 1
         if self.phase == "forward" and self._device == "cpu":
@@ -126,28 +127,28 @@ class Meter(TorchDispatchMode):
 
     def watch(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
         """Learns what is a parameter, and is told when forward begins, a gradient is ready, the update begins."""
-        for parameter in model.parameters():
-            self._parameters += 1
-            parameter.register_post_accumulate_grad_hook(self._ready)
+        for parameter, names in zip(model.parameters(), _names([n for n, _ in model.named_parameters()]), strict=True):
+            parameter.register_post_accumulate_grad_hook(partial(self._ready, names))
         model.register_forward_pre_hook(lambda *_: self.enter("forward"))
         optimiser.register_step_pre_hook(lambda *_: self.enter("update"))
 
     def enter(self, phase: str) -> None:
         """From now on the step is at this phase."""
-        self.phase = phase
+        self._close(self.phase)
+        self.phase, self._layered = phase, False
         if phase == "update":  # autograd's graph is gone
             self._count("overhead", -NODE * self._nodes)
             self._nodes = 0
-        self._note()
 
     def begin_step(self) -> None:
         """Forgets the peaks so far: what counts is the step that follows."""
-        self.trace = Trace()
-        self._arrived = 0
         self.enter("forward")
+        self.trace = Trace()
 
-    def _ready(self, parameter: Tensor) -> None:
-        self._arrived += 1
+    def _ready(self, names: tuple[Place, Place], parameter: Tensor) -> None:
+        layered = len(set(names)) > 1
+        self._close(*names, over=layered or not self._layered)
+        self._layered |= layered
         assert parameter.grad is not None
         key = parameter.grad.untyped_storage()._cdata
         if key in self._alive:
@@ -185,14 +186,32 @@ class Meter(TorchDispatchMode):
 
     def _note(self) -> None:
         """Keeps what is alive if it is the most that this stretch has seen."""
-        place = self.phase
-        if place == "backward" and self._arrived < FIRST:
-            place = f"backward {self._arrived}"
-        elif place == "backward":
-            place = "early backward" if 2 * self._arrived < self._parameters else "late backward"
-        known = self.trace.peaks.get(place)
-        if known is None or self._total > sum(known.values()):
-            self.trace.peaks[place] = Counter(self._now)
+        if self._total > self._peak:
+            self._peak, self._most = self._total, Counter(self._now)
+
+    def _close(self, *places: Place, over: bool = True) -> None:
+        """The stretch, known by these names, ends here; or goes on under the next gradient's name, unless `over`:
+        what all layers share is ready in the midst of the first, wherever that is."""
+        for place in places:
+            if self._peak > self.trace.peaks.get(place, Counter()).total():
+                self.trace.peaks[place] = self._most
+        if over:
+            self._peak, self._most = self._total, Counter(self._now)
+
+
+def _names(given: list[str]) -> list[tuple[Place, Place]]:
+    """Each parameter's name with the layers counted from the first on, and from the last on: of three blocks,
+    blocks.2.norm.gain is blocks.-1.norm.gain too. So the outer layers of models of any depth share names."""
+    counts: dict[str, int] = {}
+    for name in given:
+        for number in re.finditer(r"(?<=\.)\d+(?=\.)", name):
+            before = name[: number.start()]
+            counts[before] = max(counts.get(before, 0), int(number[0]) + 1)
+
+    def from_last(number: re.Match[str]) -> str:
+        return str(int(number[0]) - counts[number.string[: number.start()]])
+
+    return [(name, re.sub(r"(?<=\.)\d+(?=\.)", from_last, name)) for name in given]
 
 
 def _blocked_copies(*given: Tensor) -> int:
@@ -248,6 +267,7 @@ def step(request: Request, limit: int | None = None) -> Trace:
                 _first_update(model, optimiser)
                 meter.begin_step()
                 train.train_step(model, optimiser, inputs, 1, config, labels)
+                meter.enter("after")
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise TooLong(f"contents decide the shape of {error}") from error
     return meter.trace

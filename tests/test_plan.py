@@ -54,7 +54,7 @@ def test_counts_as_torchs_own_tracker(variant: str) -> None:
 def test_parameters_gradients_and_moments_are_what_they_must_be() -> None:
     request = request_for("dense1d", 4, batch=1, depth=8, dim=128)
     size = 4 * sum(p.numel() for p in trace.build(request).parameters())
-    kinds = trace.step(request).peaks["late backward"]
+    kinds = trace.step(request).peaks["backward"]
     assert size <= kinds["parameters"] < 1.01 * size
     assert 2 * size <= kinds["optimiser"] < 2.01 * size
     assert 0.8 * size < kinds["gradients"] <= size
@@ -80,9 +80,11 @@ def test_bert_is_traced_too() -> None:
 # --- few layers, few rows ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["dense1d", "local2d", "axial", "hybrid-local2d", "pixelcnn"])
+@pytest.mark.parametrize(
+    "variant", ["dense1d", "dense-relbias2d", "local2d", "axial", "gla", "based", "hybrid-local2d", "pixelcnn"]
+)
 def test_many_layers_from_few(variant: str) -> None:
-    request = request_for(variant, 12, depth=13, dim=32)
+    request = request_for(variant, 12, depth=16, dim=32)
     found = predict.Predictor(request)(12, 12)
     model = trace.build(request)
     assert found.bytes == pytest.approx(trace.step(request).bytes, rel=1e-3)
@@ -90,11 +92,16 @@ def test_many_layers_from_few(variant: str) -> None:
     assert found.parameters == sum(p.numel() for p in model.parameters())
 
 
+def test_layers_are_counted_from_both_ends() -> None:
+    names = ["tokens", "blocks.0.gain", "blocks.1.gain", "stages.0.0.w", "stages.1.0.w", "stages.1.1.w"]
+    last = ["tokens", "blocks.-2.gain", "blocks.-1.gain", "stages.-2.-1.w", "stages.-1.-2.w", "stages.-1.-1.w"]
+    assert trace._names(names) == list(zip(names, last, strict=True))
+
+
 def test_many_rows_from_few(monkeypatch: pytest.MonkeyPatch) -> None:
     request = replace(request_for("deltanet", 24, depth=2), height=64)
     whole = trace.step(request).bytes
     monkeypatch.setattr(predict, "OPERATIONS", 100)
-    monkeypatch.setattr(predict, "_walks", {})
     assert predict.peak_bytes(request) == pytest.approx(whole, rel=0.01)
 
 
@@ -110,7 +117,6 @@ def test_few_rows_that_do_otherwise_are_not_continued(monkeypatch: pytest.Monkey
         return {("update", "activations"): Fraction(1000 * request.height if request.height < 20 else 5000)}
 
     monkeypatch.setattr(predict, "_traced", traced)
-    monkeypatch.setattr(predict, "_walks", {})
     request = replace(request_for("dense1d", 32, depth=2), height=100)
     assert predict._small_heights(request, 1, 256)[:2] == [12, 20]
     assert predict.peak_bytes(request) == 5000
