@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import backends, geometry, kernels
 from .geometry import Predicate
-from .mixer import Cache, ExactMixer, ScoreBias
+from .mixer import ExactMixer, ScoreBias
 from .registry import variant
 
 _IGPT = "Chen et al., Generative Pretraining from Pixels, ICML 2020"
@@ -102,18 +102,8 @@ class Dense(ExactMixer):
             attn_mask = scores if attn_mask is None else scores.masked_fill(~attn_mask, float("-inf"))
         return F.scaled_dot_product_attention(q, k[:, :, :end], v[:, :, :end], attn_mask=attn_mask)
 
-    def step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: Cache, bias: ScoreBias | None = None
-    ) -> tuple[Tensor, Cache]:
-        t = state.slot
-        state.k[:, :, t], state.v[:, :, t] = k[:, :, 0], v[:, :, 0]
-        state.slot += 1
-        scores = None
-        if bias is not None:
-            slot = torch.arange(t + 1, device=q.device)
-            scores = bias(slot[t:], slot)[:, None].to(q.dtype)
-        kept_k, kept_v = state.k[:, :, : t + 1], state.v[:, :, : t + 1]
-        return F.scaled_dot_product_attention(q, kept_k, kept_v, attn_mask=scores), state
+    def _seen_by(self, slot: int, device: torch.device) -> tuple[Tensor, None]:
+        return torch.arange(slot + 1, device=device), None
 
     def pairs(self) -> int:
         n = self.layer.size

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .geometry import Scan
-from .mixer import Layer, Mixer
+from .mixer import Kept, Layer, Mixer
 from .position import TABLE_SIGMA, Position, Shape
 
 MakeMixer = Callable[[Layer], Mixer]
@@ -73,6 +73,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, slots: Tensor) -> Tensor:
         return self.out(self.mix(*self.project(x, slots)))
 
+    def keep(self, state: Any) -> Kept | None:
+        """The mixer's `keep`, unless its queries, keys or scores depend on where they stand."""
+        return self.mixer.keep(state) if self.position[0].needs == "embed" else None
+
     def step(self, qkv: Tensor, gates: Tensor | None, slots: Tensor, state: Any) -> tuple[Tensor, Any]:
         """What the mixer makes of a slot's projections, (batch, 1, dim), before `out`."""
         q, k, v, extras = self.split(qkv, gates, slots)
@@ -126,28 +130,25 @@ class Block(nn.Module):
         return kernels.block.finish(x, attention.mix(*projected), outer, last.gain, last.eps, up, down)
 
     def step(self, x: Tensor, slots: Tensor, state: Any) -> tuple[Tensor, Any]:
-        attention, mlp, norm, last = self.attention, self.mlp, self.attention_norm, self.mlp_norm
-        outer, up, down = attention.out, mlp.up, mlp.down
-        matrices = attention.qkv, outer, up, down
-        plain = all(matrix.bias is None for matrix in matrices)
-        if plain and kernels.decodes(x, norm.gain, last.gain, *(matrix.weight for matrix in matrices)):
-            qkv = kernels.project(x, norm.gain, norm.eps, attention.qkv.weight)
-            gates = attention.gated(norm(x)) if attention.gates else None
-            mixed, state = attention.step(qkv, gates, slots, state)
-            return kernels.finish(x, mixed, outer.weight, last.gain, last.eps, up.weight, down.weight), state
-        normed = norm(x)
+        attention, normed = self.attention, self.attention_norm(x)
         mixed, state = attention.step(attention.qkv(normed), attention.gated(normed), slots, state)
-        x = x + outer(mixed)
-        return x + mlp(last(x)), state
+        x = x + attention.out(mixed)
+        return x + self.mlp(self.mlp_norm(x)), state
+
+    def parts(self) -> kernels.Parts:
+        """What decoding by kernel reads."""
+        attention, mlp = self.attention, self.mlp
+        return self.attention_norm, attention.qkv, attention.gates, attention.out, self.mlp_norm, mlp.up, mlp.down
 
 
 @dataclass
 class State:
-    """What decoding keeps: the next slot and each layer's own state."""
+    """What decoding keeps: the next slot, each layer's own state, and for the kernel where the weights are."""
 
     slot: int
     batch: int
     layers: list[Any]
+    stack: kernels.Stack | None = None
 
 
 class ImageGPT(nn.Module):
@@ -167,7 +168,7 @@ class ImageGPT(nn.Module):
         super().__init__()
         if dim % heads:
             raise ValueError(f"heads {heads} does not divide dim {dim}")
-        self.scan, self.vocab, self.depth = scan, vocab, depth
+        self.scan, self.vocab, self.depth, self.heads = scan, vocab, depth, heads
         self.tokens = nn.Parameter(torch.empty(vocab, dim))
         self.start_token = nn.Parameter(torch.empty(dim)) if scan.causal else None
         self.position = position(Shape(scan, dim, depth, heads))
@@ -227,15 +228,43 @@ class ImageGPT(nn.Module):
         """The previous pixel along the scan, int64 (batch,), None at the first -> logits (batch, vocab) of the next."""
         if (pixel is None) != (state.slot == 0):
             raise ValueError("the first step takes None, every later one the pixel before")
+        if pixel is not None and len(pixel) != state.batch:
+            raise ValueError(f"{len(pixel)} pixels for the {state.batch} images that decoding began with")
         assert self.start_token is not None
         slots = self.slots[state.slot : state.slot + 1]
         x = (self.start_token.expand(state.batch, -1) if pixel is None else self.tokens[pixel])[:, None]
         where = self.position.embed(slots)
         x = x if where is None else x + where
-        for index, block in enumerate(self.blocks):
-            x, state.layers[index] = cast(Block, block).step(x, slots, state.layers[index])
+        if kernels.decodes(x) and (stack := self._stack(state)).dtype == x.dtype:
+            logits = self._run(stack, x, slots, state)
+        else:
+            for index, block in enumerate(self.blocks):
+                x, state.layers[index] = cast(Block, block).step(x, slots, state.layers[index])
+            logits = self.head(self.norm(x))
         state.slot += 1
-        return self.head(self.norm(x))[:, 0], state
+        return logits[:, 0], state
+
+    def _run(self, stack: kernels.Stack, x: Tensor, slots: Tensor, state: State) -> Tensor:
+        """The kernel goes through layer after layer, except for the mixers that it must ask."""
+        attentions = [cast(Block, block).attention for block in self.blocks]
+        kept = [attention.keep(own) for attention, own in zip(attentions, state.layers, strict=True)]
+        stack.keep(kept)
+        asked = [index for index, known in enumerate(kept) if known is None]
+        first, mixed = 0, None
+        for index in asked:
+            x, projected = stack.run(x, mixed, first, index)
+            qkv, gates = projected.split([3 * x.shape[2], projected.shape[2] - 3 * x.shape[2]], dim=2)
+            attention = attentions[index]
+            step = attention.step(qkv, gates if attention.gates else None, slots, state.layers[index])
+            (mixed, state.layers[index]), first = step, index + 1
+        return stack.run(x, mixed, first, self.depth)[1]
+
+    def _stack(self, state: State) -> kernels.Stack:
+        """Where the weights are; worked out once a state, and again where they have moved."""
+        if state.stack is None or not state.stack.current:
+            blocks = [cast(Block, block) for block in self.blocks]
+            state.stack = kernels.Stack([block.parts() for block in blocks], (self.norm, self.head), self.heads)
+        return state.stack
 
     def flops(self) -> int:
         """Forward FLOPs of one image: two for every weight of a matrix and slot, and the attention."""

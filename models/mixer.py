@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends, geometry, kernels, reference
+from . import backends, geometry, reference
 from .geometry import Predicate, Scan, Tiles
 
 ScoreBias = Callable[..., Tensor]
@@ -85,6 +85,13 @@ class Mixer(nn.Module):
         """One slot more: q, k, v (batch, heads, 1, head_dim).  The state may be changed in place."""
         raise NotImplementedError
 
+    def keep(self, state: Any) -> Kept | None:
+        """Moves the state on by a slot for a kernel that does what `step` does, if that is a softmax over kept keys.
+
+        None, and the state as it was, where `step` must be asked.
+        """
+        return None
+
     def flops(self) -> int:
         """Forward FLOPs of one image, a multiplication and an addition being two."""
         raise NotImplementedError
@@ -101,6 +108,18 @@ class Cache:
     k: Tensor  # (batch, heads, kept, head_dim)
     v: Tensor
     slot: int = 0
+
+
+class Kept(NamedTuple):
+    """Where a slot's own key and value go, and which it sees."""
+
+    k: Tensor  # (batch, heads, places, head_dim)
+    v: Tensor
+    place: int
+    keys: Tensor
+    """Slots, int64 (count,)."""
+    places: Tensor | None
+    """Theirs, int64 (count,); none: as many as they are, from the first on."""
 
 
 def allot(last_use: list[int]) -> tuple[list[int], int]:
@@ -217,20 +236,26 @@ class ExactMixer(Mixer):
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, state: Cache, bias: ScoreBias | None = None
     ) -> tuple[Tensor, Cache]:
-        place = self._places[0][state.slot]
-        state.k[:, :, place], state.v[:, :, place] = k[:, :, 0], v[:, :, 0]
-        keys, places = self._seen_by(state.slot, q.device)
-        state.slot += 1
-        if bias is None and kernels.decodes(q):
-            return kernels.attend(q, state.k, state.v, places), state
+        kept_k, kept_v, place, keys, places = self._next(state)
+        kept_k[:, :, place], kept_v[:, :, place] = k[:, :, 0], v[:, :, 0]
         scores = None
         if bias is not None:
-            scores = bias(torch.tensor([state.slot - 1], device=q.device), keys)[:, None].to(q.dtype)
-        kept_k, kept_v = state.k.index_select(2, places), state.v.index_select(2, places)
-        return F.scaled_dot_product_attention(q, kept_k, kept_v, attn_mask=scores), state
+            scores = bias(keys.new_tensor([state.slot - 1]), keys)[:, None].to(q.dtype)
+        seen_k, seen_v = (
+            x[:, :, : len(keys)] if places is None else x.index_select(2, places) for x in (kept_k, kept_v)
+        )
+        return F.scaled_dot_product_attention(q, seen_k, seen_v, attn_mask=scores), state
 
-    def _seen_by(self, slot: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Which slots this one sees, and their places in the cache."""
+    def keep(self, state: Cache) -> Kept | None:
+        return self._next(state) if type(self).step is ExactMixer.step else None
+
+    def _next(self, state: Cache) -> Kept:
+        keys, places = self._seen_by(state.slot, state.k.device)
+        state.slot += 1
+        return Kept(state.k, state.v, self._places[0][state.slot - 1], keys, places)
+
+    def _seen_by(self, slot: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Which slots this one sees, and their places in the cache; none: the first, as many as they are."""
         first = slot - slot % AHEAD
         if self._seen is None or self._seen[0] != first or self._seen[1][0].device != device:
             assert self._last_use is not None, "a state comes from start"

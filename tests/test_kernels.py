@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -397,69 +396,3 @@ def test_forward_and_backward_beat_dense_attention_at_64_by_64(attend: Attend) -
         fast = min(seconds(attend) for _ in range(3))
         ratios.append(seconds(dense) / fast)
     assert statistics.median(ratios) >= 6, ratios
-
-
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(("batch", "dim", "wide"), [(1, 8, 32), (3, 20, 7), (16, 128, 512), (37, 48, 192), (64, 1, 1)])
-def test_a_decoded_blocks_products_equal_torchs(batch: int, dim: int, wide: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    shapes = (batch, 1, dim), (batch, 1, dim), (dim, dim), (dim,), (wide, dim), (dim, wide)
-    x, mixed, out, gain, up, down = (torch.randn(shape, dtype=dtype) / shape[-1] ** 0.5 for shape in shapes)
-    tolerance = TOLERANCES[dtype][0]
-    normed = F.rms_norm(x, (dim,), gain, 1e-5)
-    assert_close(kernels.project(x, gain, 1e-5, up), F.linear(normed, up), rtol=tolerance, atol=tolerance)
-    y = x + F.linear(mixed, out)
-    inside = F.linear(F.rms_norm(y, (dim,), gain, 1e-5), up)
-    true = y + F.linear(inside * torch.sigmoid(1.702 * inside), down)
-    assert_close(kernels.finish(x, mixed, out, gain, 1e-5, up, down), true, rtol=tolerance, atol=tolerance)
-
-
-@needs_compiler
-def test_an_activation_beyond_any_exponent_is_no_nan() -> None:
-    up, down = torch.tensor([[1.0], [-1.0]]), torch.ones(1, 2)
-    x, zero, gain = torch.ones(1, 1, 1), torch.zeros(1, 1), torch.tensor([3e38])
-    assert kernels.finish(x, x, zero, gain, 1e-5, up, down).isfinite().all()
-
-
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(
-    ("batch", "heads", "dim", "kept"), [(1, 1, 1, 1), (2, 3, 5, 37), (16, 4, 32, 64), (3, 2, 20, 5)]
-)
-def test_one_query_over_kept_keys_equals_the_oracle(
-    batch: int, heads: int, dim: int, kept: int, dtype: torch.dtype
-) -> None:
-    """All keys, and some in any order; keys and values lie one before the other in memory."""
-    torch.manual_seed(0)
-    q, k, v = (3 * torch.randn(batch, n, heads, dim, dtype=dtype).transpose(1, 2) for n in (1, kept, kept))
-    tolerance = TOLERANCES[dtype][0]
-    for places in (torch.arange(kept), torch.randperm(kept)[: kept // 2 + 1]):
-        everything = torch.ones(1, len(places), dtype=torch.bool)
-        true = reference.softmax_attention(q, k[:, :, places], v[:, :, places], everything)
-        assert_close(kernels.attend(q, k, v, places), true, rtol=tolerance, atol=tolerance)
-    assert_close(kernels.attend(q, k, v, places[:1]), v[:, :, places[:1]], rtol=tolerance, atol=tolerance)
-
-
-@needs_compiler
-def test_decoding_takes_the_kernels_only_where_they_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    used: list[str] = []
-    right = compiler.call
-
-    def call(name: str, function: str, *rest: Any) -> None:
-        used.append(function)
-        right(name, function, *rest)
-
-    monkeypatch.setattr(kernels.decode, "call", call)
-    model: Any = build("local2d", height=2, width=2, vocab=4, dim=8, heads=2, depth=1)
-    with torch.no_grad():
-        model.step(None, model.start(3))
-    assert used == ["decode_project", "decode_attend", "decode_finish"]
-    model.step(None, model.start(3))  # with gradients
-    with torch.no_grad():
-        model.step(None, model.start(kernels.decode.MOST_ROWS + 1))
-        model.bfloat16().step(None, model.start(3))
-        assert len(used) == 3
-        model.float().blocks[0].attention.out.bias = torch.nn.Parameter(torch.ones(8))
-        model.step(None, model.start(3))
-    assert used[3:] == ["decode_attend"]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import block
 from .compiler import missing, unfit
-from .decode import attend, decodes, finish, project
+from .decode import Parts, Stack, decodes
 from .full import full
 from .linear import linear
 from .local2d import local2d, offsets
@@ -16,10 +16,7 @@ from .local2d import local2d, offsets
 if TYPE_CHECKING:
     from ..mixer import Mixer
 
-__all__ = [
-    "attend", "block", "decodes", "finish", "full", "linear", "local2d", "missing", "offsets", "project", "serves",
-    "unfit",
-]  # fmt: skip
+__all__ = ["Parts", "Stack", "block", "decodes", "full", "linear", "local2d", "missing", "offsets", "serves", "unfit"]
 
 
 def serves(mixer: Mixer, *tensors: Tensor) -> bool:

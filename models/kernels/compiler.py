@@ -17,7 +17,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,7 +27,12 @@ from torch import Tensor
 HERE = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=gnu++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
-TRIED = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",))
+FUSED = "--param=avoid-fma-max-bits=0"
+"""GCC, told that a processor is AMD's, fuses x·y + z in the widest vectors only: rounding would depend on the width."""
+TRIED = (
+    ("-march=native", "-fopenmp", FUSED), ("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"),
+    ("-march=native",), ("-mcpu=native",),
+)  # fmt: skip
 """Flags that not every compiler knows, the best first; without OpenMP a kernel runs on one thread."""
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
@@ -60,7 +67,7 @@ def call(name: str, function: str, shape: tuple[int, ...], number: float, *tenso
     Raises MemoryError where the kernel finds no memory to work in.
     """
     strides = [s for tensor in tensors for s in tensor.stride()[:3]]
-    failed = getattr(_library(name), f"{function}_{DTYPES[tensors[0].dtype]}")(
+    failed = entry(name, function, tensors[0].dtype)(
         (ctypes.c_int64 * len(shape))(*shape),
         ctypes.c_double(number),
         torch.get_num_threads(),
@@ -69,6 +76,12 @@ def call(name: str, function: str, shape: tuple[int, ...], number: float, *tenso
     )
     if failed:
         raise MemoryError(f"not enough memory for the {function} kernel's working rows")
+
+
+@functools.cache
+def entry(name: str, function: str, dtype: torch.dtype) -> Callable[..., int]:
+    """The library's `function` for that dtype, which returns other than 0 where it finds no memory to work in."""
+    return cast(Callable[..., int], getattr(_library(name), f"{function}_{DTYPES[dtype]}"))
 
 
 @functools.cache

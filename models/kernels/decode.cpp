@@ -1,8 +1,8 @@
-// Decoding: what a block does for one slot of a few images, and one query over scattered keys.
+// Decoding: one slot of a few images through the trunk, on to the next mixer that must be asked, or to the logits.
 //
 // The few rows lie turned, (features, rows), so that the lanes of a vector are images: weights are read once, number by
 // number, as they lie, and a norm is a sum of vectors.  Rows are filled up to whole vectors with zeros.
-// Rounding does not depend on the number of threads.
+// Threads share out the images and meet only at the end; rounding does not depend on how many there are.
 #include <algorithm>
 #include <cmath>
 #include <new>
@@ -16,16 +16,121 @@ constexpr int SUMS = WIDEST >= 64 ? 16 : 8;        // vectors that a product kee
 constexpr int64_t WORTH = int64_t(1) << 22;         // FLOPs from which on another thread is worth waking
 constexpr double LOG2E = 1.4426950408889634074;
 
-template <typename T> struct Rows {
+// What follows is filled in by decode.py, field by field.
+
+template <typename T> struct Matrix {  // (outputs, inputs); the bias may be null
+    const T *weight, *bias;
+};
+
+template <typename T> struct Layer {
+    const T* gain;
+    Matrix<T> qkv, gates, out;
+    const T* last_gain;
+    Matrix<T> up, down;
+    int64_t gated, wide;  // outputs of `gates` and `up`
+    double eps, last_eps;
+};
+
+template <typename T> struct Kept {   // (batch, heads, places, head_dim)
+    T *k, *v;                         // null: the mixer must be asked
+    const int64_t* places;            // of the keys that the slot sees; null: the first `count`
+    int64_t count, place;             // the slot's own
+    int64_t k_strides[3], v_strides[3];
+};
+
+template <typename T> struct Job {
+    const Layer<T>* layers;
+    const Kept<T>* kept;
+    const T* gain;
+    Matrix<T> head;
+    double eps;
+    int64_t depth, dim, heads, vocab;
+    int64_t threads, rows, first, stop;  // from layer `first` on as far as the mixer of layer `stop`, or to the logits
+    const T *x, *mixed;                  // the stream, and where not null what the mixer before `first` made
+    T *stream, *out;                     // the stream at `stop`; the projections there, or the logits
+
+    int64_t width() const { return stop < depth ? 3 * dim + layers[stop].gated : vocab; }  // of `out`
+};
+
+// softmax(q Kᵀ · scale) V for one query and `count` keys, at places[0], places[1], …, or at 0, 1, …
+template <typename T> struct Query {
     static constexpr int LANES = WIDEST / sizeof(T);
     using S = Simd<T, LANES>;
     using V = typename S::V;
 
-    const int64_t rows, vectors, pitch;
+    const int64_t* places;
+    const int64_t count, dim;
+    std::vector<T> weights;
+
+    Query(const int64_t* places, int64_t count, int64_t dim)
+        : places(places), count(count), dim(dim), weights((count + LANES - 1) / LANES * LANES) {}
+
+    const T* row(const T* from, int64_t pitch, int64_t key) const { return from + (places ? places[key] : key) * pitch; }
+
+    // Asks for a row long before it is read: rows are too short and too many for the hardware to see them coming.
+    void expect(const T* from, int64_t pitch, int64_t key) const {
+        for (int64_t at = 0; at < dim; at += 64 / sizeof(T)) __builtin_prefetch(row(from, pitch, key) + at);
+    }
+
+    // The scores of the keys from `first` on: products with q, then sums over the lanes; the last one fills up.
+    V scores(const T* q, const T* k, int64_t pitch, int64_t first) const {
+        V parts[LANES]{};
+        const T* rows[LANES];
+        for (int64_t key = 0; key < LANES; key++) rows[key] = row(k, pitch, std::min(first + key, count - 1));
+        for (int64_t at = 0; at < dim; at += LANES) {
+            int left = int(dim - at);
+            V query = S::load(q + at, left);
+            if (left >= LANES)
+                for (int key = 0; key < LANES; key++) parts[key] += query * S::load(rows[key] + at);
+            else
+                for (int key = 0; key < LANES; key++) parts[key] += query * S::load(rows[key] + at, left);
+        }
+        return S::sums(parts);
+    }
+
+    // `next`: the keys that will be read after these.
+    void run(const T* q, const T* k, const T* v, const T* next, int64_t pitch_k, int64_t pitch_v, T scale, T* out) {
+        T* w = weights.data();
+        for (int64_t first = 0; first < count; first += LANES) {
+            for (int64_t key = first; key < std::min(first + LANES, count); key++) expect(v, pitch_v, key);
+            S::store(w + first, scores(q, k, pitch_k, first) * scale);
+        }
+        V most = S::load(w), mass{};
+        for (int64_t key = LANES; key < count; key += LANES) most = S::max(most, S::load(w + key));
+        T peak = most[0];
+        for (int lane = 1; lane < LANES; lane++) peak = std::max(peak, most[lane]);
+        for (int64_t key = 0; key < count; key += LANES) {
+            V weight = S::exp2(S::load(w + key) - peak);
+            for (int64_t lane = count - key; lane < LANES; lane++) weight[lane] = 0;
+            S::store(w + key, weight);
+            mass += weight;
+            for (int64_t lane = key; lane < std::min(key + LANES, count); lane++) expect(next, pitch_k, lane);
+        }
+        T whole = S::sum(mass);
+        for (int64_t at = 0; at < dim; at += LANES) {
+            int left = int(dim - at);
+            V sum[4]{};
+            int64_t key = 0;
+            for (; key + 4 <= count; key += 4)
+                for (int i = 0; i < 4; i++) sum[i] += S::load(row(v, pitch_v, key + i) + at, left) * w[key + i];
+            for (; key < count; key++) sum[0] += S::load(row(v, pitch_v, key) + at, left) * w[key];
+            S::store(out + at, (sum[0] + sum[1] + sum[2] + sum[3]) / whole, left);
+        }
+    }
+};
+
+// Some of the images, `rows` from `begin` on.
+template <typename T, int LANES> struct Rows {
+    using S = Simd<T, LANES>;
+    using V = typename S::V;
+
+    const Job<T>& job;
+    const int64_t begin, rows, vectors, pitch;
     const int threads;
 
-    Rows(int64_t rows, int threads)
-        : rows(rows), vectors((rows + LANES - 1) / LANES), pitch(vectors * LANES), threads(threads) {}
+    Rows(const Job<T>& job, int64_t begin, int64_t rows, int threads)
+        : job(job), begin(begin), rows(rows), vectors((rows + LANES - 1) / LANES), pitch(vectors * LANES),
+          threads(threads) {}
 
     // to[k][row] = from[row][k]
     void turn(const T* from, int64_t width, T* to) const {
@@ -39,33 +144,38 @@ template <typename T> struct Rows {
     }
 
     // to = from / √(mean of from² + eps) · gain
-    void norm(const T* from, int64_t width, const T* gain, T eps, T* to) const {
+    void norm(const T* from, const T* gain, T eps, T* to) const {
+        const int64_t dim = job.dim;
         for (int64_t at = 0; at < pitch; at += LANES) {
             V squares{};
-            for (int64_t k = 0; k < width; k++) {
+            for (int64_t k = 0; k < dim; k++) {
                 V x = S::load(from + k * pitch + at);
                 squares += x * x;
             }
-            V scale;
-            for (int lane = 0; lane < LANES; lane++) scale[lane] = 1 / std::sqrt(squares[lane] / T(width) + eps);
-            for (int64_t k = 0; k < width; k++)
+            V scale{};
+            for (int lane = 0; lane < LANES; lane++) scale[lane] = 1 / std::sqrt(squares[lane] / T(dim) + eps);
+            for (int64_t k = 0; k < dim; k++)
                 S::store(to + k * pitch + at, S::load(from + k * pitch + at) * scale * gain[k]);
         }
     }
 
-    // out[n][row] = finish(Σ_k weight[n][k] x[k][row], n, row) for N neighbouring outputs and one vector of rows.
+    // out[n][row] = finish(bias[n] + Σ_k weight[n][k] x[k][row], n, row), N neighbouring outputs and one vector of rows.
     template <int N, typename Finish>
-    INLINE void tile(const T* weight, int64_t depth, const T* x, T* out, const Finish& finish) const {
+    INLINE void tile(Matrix<T> by, int64_t n, int64_t depth, const T* x, T* out, const Finish& finish) const {
+        const T* weight = by.weight + n * depth;
         V sums[N]{};
+        if (by.bias)
+            for (int i = 0; i < N; i++) sums[i] = S::fill(by.bias[n + i]);
         for (int64_t k = 0; k < depth; k++) {
+            __builtin_prefetch(weight + N * (depth + k));  // a whole tile ahead
             V row = S::load(x + k * pitch);
-            for (int n = 0; n < N; n++) sums[n] += row * weight[n * depth + k];
+            for (int i = 0; i < N; i++) sums[i] += row * weight[i * depth + k];
         }
-        for (int n = 0; n < N; n++) S::store(out + n * pitch, finish(sums[n], out + n * pitch));
+        for (int i = 0; i < N; i++) S::store(out + i * pitch, finish(sums[i], out + i * pitch));
     }
 
     template <typename Finish>
-    void product(const T* weight, int64_t width, int64_t depth, const T* x, T* out, const Finish& finish) const {
+    void product(Matrix<T> by, int64_t width, int64_t depth, const T* x, T* out, const Finish& finish) const {
         int64_t blocks = (width + SUMS - 1) / SUMS;
         int busy = int(std::max<int64_t>(1, std::min<int64_t>(threads, 2 * pitch * width * depth / WORTH)));
 #pragma omp parallel for num_threads(busy) if (busy > 1) schedule(static)
@@ -73,124 +183,107 @@ template <typename T> struct Rows {
             int64_t first = block * SUMS;
             for (int64_t at = 0; at < pitch; at += LANES) {
                 if (first + SUMS <= width)
-                    tile<SUMS>(weight + first * depth, depth, x + at, out + first * pitch + at, finish);
+                    tile<SUMS>(by, first, depth, x + at, out + first * pitch + at, finish);
                 else
-                    for (int64_t n = first; n < width; n++)
-                        tile<1>(weight + n * depth, depth, x + at, out + n * pitch + at, finish);
+                    for (int64_t n = first; n < width; n++) tile<1>(by, n, depth, x + at, out + n * pitch + at, finish);
             }
         }
     }
 
-    // norm(x) Wᵀ
-    void project(const T* x, const T* gain, const T* weight, int64_t dim, int64_t width, T eps, T* out) const {
-        std::vector<T> turned(2 * dim * pitch), wide(width * pitch);
-        turn(x, dim, turned.data());
-        norm(turned.data(), dim, gain, eps, turned.data() + dim * pitch);
-        product(weight, width, dim, turned.data() + dim * pitch, wide.data(), [](V sum, const T*) { return sum; });
-        turn_back(wide.data(), width, out);
+    void product(Matrix<T> by, int64_t width, const T* x, T* out) const {
+        product(by, width, job.dim, x, out, [](V sum, const T*) { return sum; });
     }
 
-    // y = x + mixed Wᵀ, and y + down(gelu(up(norm(y)))), where gelu(u) is u·σ(1.702u)
-    void finish(const T* x, const T* mixed, const T* weight, const T* gain, const T* up, const T* down, int64_t dim,
-                int64_t wide, T eps, T* out) const {
+    // Puts keys and values in their place and attends; projected (rows, 3, dim), mixed (rows, dim).
+    int attend(const Kept<T>& kept, const T* projected, T* mixed) const {
+        const int64_t dim = job.dim, head_dim = dim / job.heads, *ks = kept.k_strides, *vs = kept.v_strides;
+        // Every number is read for the sake of two FLOPs, so that each takes longer than in a product.
+        int busy = int(std::max<int64_t>(1, std::min<int64_t>(threads, 16 * rows * dim * kept.count / WORTH)));
+        int failed = 0;
+#pragma omp parallel for num_threads(busy) if (busy > 1) schedule(static)
+        for (int64_t each = 0; each < rows * job.heads; each++) {
+            int64_t row = each / job.heads, head = each % job.heads;
+            const T* q = projected + row * 3 * dim + head * head_dim;
+            T* k = kept.k + (begin + row) * ks[0] + head * ks[1];
+            T* v = kept.v + (begin + row) * vs[0] + head * vs[1];
+            std::copy_n(q + dim, head_dim, k + kept.place * ks[2]);
+            std::copy_n(q + 2 * dim, head_dim, v + kept.place * vs[2]);
+            try {
+                Query<T>(kept.places, kept.count, head_dim)
+                    .run(q, k, v, head + 1 < job.heads ? k + ks[1] : k + ks[0] - head * ks[1], ks[2], vs[2], T(LOG2E / std::sqrt(double(head_dim))), mixed + row * dim + head * head_dim);
+            } catch (const std::bad_alloc&) {
+                failed = 1;
+            }
+        }
+        return failed;
+    }
+
+    // x + mixed outᵀ, and from there x + down(gelu(up(norm(x)))), where gelu(u) is u·σ(1.702u); mixed lies turned
+    void finish(const Layer<T>& layer, const T* mixed, T* x, T* normed, T* inside) const {
         auto added = [](V sum, const T* before) { return S::load(before) + sum; };
         auto gelu = [](V u, const T*) {
             V e = u * T(-1.702 * LOG2E);
             V most = S::fill(T(std::numeric_limits<T>::max_exponent - 2));
             return u / (S::exp2(e < most ? e : most) + T(1));
         };
-        std::vector<T> memory((2 * dim + wide) * pitch);
-        T *y = memory.data(), *normed = y + dim * pitch, *inside = normed + dim * pitch;
-        turn(x, dim, y);
-        turn(mixed, dim, normed);
-        product(weight, dim, dim, normed, y, added);
-        norm(y, dim, gain, eps, normed);
-        product(up, wide, dim, normed, inside, gelu);
-        product(down, dim, wide, inside, y, added);
-        turn_back(y, dim, out);
+        product(layer.out, job.dim, job.dim, mixed, x, added);
+        norm(x, layer.last_gain, T(layer.last_eps), normed);
+        product(layer.up, layer.wide, job.dim, normed, inside, gelu);
+        product(layer.down, job.dim, layer.wide, inside, x, added);
+    }
+
+    int run() const {
+        const int64_t dim = job.dim;
+        int64_t widest = std::max(3 * dim, job.width());
+        for (int64_t l = std::max<int64_t>(job.first - 1, 0); l < job.stop; l++) widest = std::max(widest, job.layers[l].wide);
+        std::vector<T> memory((3 * dim + widest) * pitch + 4 * dim * rows);
+        T *x = memory.data(), *normed = x + dim * pitch, *turned = normed + dim * pitch, *inside = turned + dim * pitch;
+        T *projected = inside + widest * pitch, *mixed = projected + 3 * dim * rows;
+        turn(job.x + begin * dim, dim, x);
+        if (job.mixed) {
+            turn(job.mixed + begin * dim, dim, turned);
+            finish(job.layers[job.first - 1], turned, x, normed, inside);
+        }
+        for (int64_t l = job.first; l < job.stop; l++) {
+            const Layer<T>& layer = job.layers[l];
+            norm(x, layer.gain, T(layer.eps), normed);
+            product(layer.qkv, 3 * dim, normed, inside);
+            turn_back(inside, 3 * dim, projected);
+            if (attend(job.kept[l], projected, mixed)) return 1;
+            turn(mixed, dim, turned);
+            finish(layer, turned, x, normed, inside);
+        }
+        if (job.stop == job.depth) {
+            norm(x, job.gain, T(job.eps), normed);
+            product(job.head, job.vocab, normed, inside);
+        } else {
+            const Layer<T>& layer = job.layers[job.stop];
+            norm(x, layer.gain, T(layer.eps), normed);
+            product(layer.qkv, 3 * dim, normed, inside);
+            product(layer.gates, layer.gated, normed, inside + 3 * dim * pitch);
+            turn_back(x, dim, job.stream + begin * dim);
+        }
+        turn_back(inside, job.width(), job.out + begin * job.width());
+        return 0;
     }
 };
 
-// softmax(q Kᵀ · scale) V for one query and `count` keys, at places[0], places[1], …
-template <typename T> struct Query {
-    static constexpr int LANES = WIDEST / sizeof(T);
-    using S = Simd<T, LANES>;
-    using V = typename S::V;
-
-    std::vector<T> weights, sums;
-
-    Query(int64_t count, int64_t dim) : weights((count + LANES - 1) / LANES * LANES), sums(dim + LANES) {}
-
-    void run(const T* q, const T* k, const T* v, int64_t pitch_k, int64_t pitch_v, const int64_t* places, int64_t count,
-             int64_t dim, T scale, T* out) {
-        T* w = weights.data();
-        T parts[LANES][LANES];
-        for (int64_t first = 0; first < count; first += LANES) {
-            int here = int(std::min<int64_t>(LANES, count - first));
-            for (int key = 0; key < here; key++) {
-                const T* row = k + places[first + key] * pitch_k;
-                V sum{};
-                for (int64_t at = 0; at < dim; at += LANES) {
-                    int left = int(dim - at);
-                    sum += S::load(q + at, left) * S::load(row + at, left);
-                }
-                S::store(parts[key], sum);
-            }
-            V total{};
-            for (int lane = 0; lane < LANES; lane++)
-                for (int key = 0; key < here; key++) total[key] += parts[key][lane];
-            S::store(w + first, total * scale, LANES);
-        }
-        T peak = *std::max_element(w, w + count), mass = 0;
-        for (int64_t key = 0; key < count; key += LANES) S::store(w + key, S::exp2(S::load(w + key) - peak));
-        for (int64_t key = 0; key < count; key++) mass += w[key];
-        for (int64_t at = 0; at < dim; at += LANES) {
-            int left = int(dim - at);
-            V sum[4]{};
-            int64_t key = 0;
-            for (; key + 4 <= count; key += 4)
-                for (int i = 0; i < 4; i++) sum[i] += S::load(v + places[key + i] * pitch_v + at, left) * w[key + i];
-            for (; key < count; key++) sum[0] += S::load(v + places[key] * pitch_v + at, left) * w[key];
-            S::store(out + at, (sum[0] + sum[1] + sum[2] + sum[3]) / mass, left);
-        }
-    }
-};
-
-template <typename T> int project(const int64_t* s, double eps, int threads, void** at) {
-    try {
-        const T* const* in = reinterpret_cast<const T* const*>(at);
-        Rows<T>(s[0], threads).project(in[0], in[1], in[2], s[1], s[2], T(eps), static_cast<T*>(at[3]));
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
-    return 0;
-}
-
-template <typename T> int finish(const int64_t* s, double eps, int threads, void** at) {
-    try {
-        const T* const* in = reinterpret_cast<const T* const*>(at);
-        Rows<T>(s[0], threads).finish(in[0], in[1], in[2], in[3], in[4], in[5], s[1], s[2], T(eps), static_cast<T*>(at[6]));
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
-    return 0;
-}
-
-template <typename T> int attend(const int64_t* s, double scale, int threads, void** at, const int64_t (*strides)[3]) {
-    const int64_t batch = s[0], heads = s[1], dim = s[2], count = s[3];
-    const int64_t* places = static_cast<const int64_t*>(at[4]);
-    const T *q = static_cast<T*>(at[0]), *k = static_cast<T*>(at[1]), *v = static_cast<T*>(at[2]);
-    T* out = static_cast<T*>(at[3]);
-    // Every number is read for the sake of two FLOPs, so that each takes longer than in a product.
-    int busy = int(std::max<int64_t>(1, std::min<int64_t>(threads, 16 * batch * heads * count * dim / WORTH)));
-    int failed = 0;
-#pragma omp parallel for num_threads(busy) if (busy > 1) schedule(static)
-    for (int64_t job = 0; job < batch * heads; job++) {
-        int64_t b = job / heads, h = job % heads;
+template <typename T> int step(const Job<T>& job) {
+    constexpr int FULL = WIDEST / sizeof(T), HALF = WIDEST >= 32 ? FULL / 2 : FULL;
+    double work = 2.0 * job.rows * job.dim * job.width();
+    for (int64_t l = job.first; l < job.stop; l++)
+        work += 2.0 * job.rows * job.dim * (4 * job.dim + 2 * job.layers[l].wide + 8 * job.kept[l].count);
+    int64_t groups = std::min({job.threads, (job.rows + HALF - 1) / HALF, std::max<int64_t>(1, int64_t(work / WORTH))});
+    int64_t each = (job.rows + groups - 1) / groups;
+    int threads = groups > 1 ? 1 : int(job.threads), failed = 0;
+#pragma omp parallel for num_threads(groups) if (groups > 1) schedule(static)
+    for (int64_t group = 0; group < groups; group++) {
+        int64_t begin = group * each, rows = std::min(each, job.rows - begin);
+        if (rows <= 0) continue;
         try {
-            Query<T>(count, dim).run(q + b * strides[0][0] + h * strides[0][1], k + b * strides[1][0] + h * strides[1][1],
-                                     v + b * strides[2][0] + h * strides[2][1], strides[1][2], strides[2][2], places,
-                                     count, dim, T(scale * LOG2E), out + b * strides[3][0] + h * strides[3][1]);
+            // Half the lanes take half the time, or as much, on all but the widest machines.
+            if (rows <= HALF ? Rows<T, HALF>(job, begin, rows, threads).run() : Rows<T, FULL>(job, begin, rows, threads).run())
+                failed = 1;
         } catch (const std::bad_alloc&) {
             failed = 1;
         }
@@ -201,19 +294,5 @@ template <typename T> int attend(const int64_t* s, double scale, int threads, vo
 }  // namespace
 
 // Returns 0, or 1 where memory does not suffice.
-// project: shape rows, dim, width; x, gain, weight, out.  finish: shape rows, dim, width inside; x, mixed, weight, gain,
-// up, down, out.  Both take whole rows and the norm's eps.
-// attend: shape batch, heads, dim, count; q, k, v, out (batch, heads, slots, dim), places.
-#define EXPORT(T, type)                                                                                              \
-    extern "C" int decode_project_##type(const int64_t* s, double eps, int threads, void** at, const int64_t*) {   \
-        return project<T>(s, eps, threads, at);                                                                      \
-    }                                                                                                                \
-    extern "C" int decode_finish_##type(const int64_t* s, double eps, int threads, void** at, const int64_t*) {    \
-        return finish<T>(s, eps, threads, at);                                                                       \
-    }                                                                                                                \
-    extern "C" int decode_attend_##type(const int64_t* s, double scale, int threads, void** at,                     \
-                                        const int64_t (*strides)[3]) {                                               \
-        return attend<T>(s, scale, threads, at, strides);                                                            \
-    }
-EXPORT(float, float32)
-EXPORT(double, float64)
+extern "C" int decode_step_float32(const void* job) { return step(*static_cast<const Job<float>*>(job)); }
+extern "C" int decode_step_float64(const void* job) { return step(*static_cast<const Job<double>*>(job)); }
