@@ -33,6 +33,13 @@ GRIDS = [(1, 1), (1, 7), (7, 1), (3, 5), (5, 3), (11, 13), (2, 37), (19, 17)]
 TOLERANCES = {torch.float64: (1e-12, 1e-10), torch.float32: (1e-5, 1e-4)}
 
 
+@pytest.mark.parametrize("name", sorted(source.stem for source in compiler.HERE.glob("*.cpp")))
+def test_every_kernel_is_had_where_a_compiler_is(name: str) -> None:
+    """Else a slip in one of them would skip all of their tests."""
+    reason = kernels.missing(name)
+    assert reason is None or reason.startswith(("no C++ compiler", "the kernels are not built")), reason
+
+
 def inputs(batch: int, heads: int, seq: int, dim: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     torch.manual_seed(0)
     return [torch.randn(batch, heads, seq, dim, dtype=dtype, requires_grad=True) for _ in range(3)]
