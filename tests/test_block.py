@@ -175,6 +175,16 @@ def test_a_trunk_is_the_same_with_them_and_without(name: str, monkeypatch: pytes
 
 
 @needs_compiler
+def test_a_block_is_one_graph() -> None:
+    model = build("dense1d", height=3, width=5, vocab=7, dim=8, depth=1, heads=2)
+    inner, x = model.get_submodule("blocks.0"), torch.randn(2, 15, 8, requires_grad=True)
+    compiled = torch.compile(inner, backend="aot_eager", fullgraph=True)
+    slots = torch.arange(15)
+    gradients = [torch.autograd.grad(run(x, slots).sin().sum(), x)[0] for run in (compiled, inner)]
+    assert_close(gradients[0], gradients[1])
+
+
+@needs_compiler
 def test_the_trunk_takes_them_only_where_they_serve() -> None:
     model = build("dense1d", height=3, width=5, vocab=7, dim=8, depth=1, heads=2)
     inner: Any = model.get_submodule("blocks.0")

@@ -26,8 +26,13 @@ def serves(x: Tensor, *parameters: Tensor) -> bool:
         and all(p.device.type == "cpu" and p.dtype == x.dtype for p in parameters)
         and unfit(x) is None
         and not torch.is_autocast_enabled("cpu")
-        and missing("block") is None
+        and _built()
     )
+
+
+@torch.compiler.assume_constant_result
+def _built() -> bool:
+    return missing("block") is None
 
 
 def project(x: Tensor, gain: Tensor, eps: float, weight: Tensor) -> Tensor:
