@@ -18,9 +18,10 @@ def main(argv: list[str] | None = None) -> int:
         from attnbench import hub
 
         hub.check_reachable(name)  # at once, not after torch was imported
-    from attnbench import distributed, experiment  # after parsing: --help and a wrong flag answer at once
+    from attnbench import distributed, experiment, measure  # after parsing: --help and a wrong flag answer at once
 
     config = experiment.resolve(config)
+    measure.keep_freed()
     with distributed.world(config):
         if distributed.first():
             return _first(config)

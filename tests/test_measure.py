@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -219,6 +221,27 @@ def test_the_child_is_told_its_malloc_and_its_threads(monkeypatch: pytest.Monkey
     assert measure._environment("memory")["MALLOC_MMAP_THRESHOLD_"] == "65536"
     assert "MALLOC_MMAP_THRESHOLD_" not in measure._environment("time")
     assert measure._environment("time")["OMP_NUM_THREADS"] == "1"
+
+
+FAULTS = """
+import resource, torch
+from attnbench import measure
+kept = measure.keep_freed()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for size in range(1, 9):
+        torch.ones(size * 2**20)
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+@pytest.mark.parametrize(("told", "kept"), [({}, True), ({"MALLOC_MMAP_THRESHOLD_": "65536"}, False)])
+def test_malloc_keeps_what_is_freed_unless_it_was_told_otherwise(told: dict[str, str], kept: bool) -> None:
+    given = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    done = subprocess.run([sys.executable, "-c", FAULTS], env=given | told, capture_output=True, text=True, check=True)
+    answer, faults = done.stdout.split()
+    assert (answer == "True", int(faults) < 4000) == (kept, kept)  # of 36,864 pages; a system may take some away
 
 
 @pytest.mark.gpu
