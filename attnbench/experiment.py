@@ -75,16 +75,11 @@ def resolve(config: RunConfig, cuda: bool | None = None) -> RunConfig:
     precision = config.train.precision
     if precision == "auto":
         precision = "bfloat16" if device == "cuda" else "float32"
-    objectives = variants.find(config.variant).objectives
-    objective: str = config.model.objective
-    if objective == RunConfig().model.objective and objective not in objectives:
-        objective = objectives[0]  # a model that is told the classes has no other
-    decided = config.model_copy(
+    decided = variants.with_objective(config).model_copy(
         update={
             "device": device,
             "parallel": distributed.resolve(config.parallel),
             "train": config.train.model_copy(update={"precision": precision}),
-            "model": config.model.model_copy(update={"objective": objective}),
         }
     )
     return variants.plain(decided)

@@ -196,12 +196,12 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from rich.console import Console  # after parsing: --help and a wrong flag answer at once
 
-    from attnbench import experiment, predict
+    from attnbench import predict, variants
     from attnbench.measure import Request
 
     torch.set_num_threads(1)  # tables of whole numbers are all that is computed
     shape, limit = config.shape, config.limit
-    run = experiment.resolve(config.run())
+    run = variants.with_objective(config.run())
     predictor = predict.Predictor(Request(run, *(shape or (8, 8)), config.vocab))
     console = Console()
     if shape is not None:

@@ -29,7 +29,7 @@ PERIODS = (1, 2, 3, 4, 5, 6, 8)
 """After so many layers the kinds of layer may repeat."""
 
 OPERATIONS = 1_500
-"""A longer step, of the shallowest model that is traced, is not traced at full height."""
+"""A step of more for each layer is not traced at full height."""
 
 STRAIGHT = 0.01
 """So much of the peak may the third of three heights lie beside the line through the others."""
@@ -97,7 +97,7 @@ class Predictor:
         if small and slots >= self._long:
             return []
         try:
-            return [(request.height, _traced(request, OPERATIONS if small else None))]
+            return [(request.height, _traced(request, OPERATIONS * request.config.model.depth if small else None))]
         except trace.TooLong:
             self._long = slots
             return []

@@ -9,6 +9,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from attnbench import distributed
@@ -53,10 +56,6 @@ def _accuracy(
     train: Features, validation: Features, test: Features,
     train_labels: NDArray[np.int64], validation_labels: NDArray[np.int64], test_labels: NDArray[np.int64],
 ) -> float:  # fmt: skip
-    from sklearn.linear_model import LogisticRegression  # a second to import, which what never probes does without
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
     fitted = [
         make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=500)).fit(train, train_labels)
         for c in PENALTIES

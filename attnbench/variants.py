@@ -81,6 +81,17 @@ def plain(config: RunConfig) -> RunConfig:
     )
 
 
+def with_objective(config: RunConfig) -> RunConfig:
+    """The run with the variant's own objective where none was chosen: a model that is told the classes has no other.
+
+    Raises Refusal as `find`.
+    """
+    objectives = find(config.variant).objectives
+    if config.model.objective in objectives or config.model.objective != RunConfig().model.objective:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"objective": objectives[0]})})
+
+
 def _module(place: str) -> ModuleType:
     """Imports a module by name, from the present folder too, or from a file by its path."""
     file = Path(place if place.endswith(".py") else place.replace(".", "/") + ".py")
