@@ -73,9 +73,17 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, slots: Tensor) -> Tensor:
         return self.out(self.mix(*self.project(x, slots)))
 
-    def keep(self, state: Any) -> Kept | None:
-        """The mixer's `keep`, unless its queries, keys or scores depend on where they stand."""
-        return self.mixer.keep(state) if self.position[0].needs == "embed" else None
+    def keep(self, slots: Tensor, state: Any) -> Kept | None:
+        """The mixer's `keep`, and what the position does to scores, queries and keys."""
+        if (kept := self.mixer.keep(state)) is None:
+            return None
+        position, dtype = self.position[0], kept.k.dtype
+        if (bias := position.bias(self.index)) is not None:
+            kept = kept._replace(scores=bias(slots, kept.keys).to(dtype).contiguous())
+        if (angles := position.angles(slots, self.index)) is not None:
+            turns = torch.stack([wave(angle) for wave in (torch.cos, torch.sin) for angle in angles]).to(dtype)
+            kept = kept._replace(turns=turns.view(4, -1, turns.shape[-1]).expand(4, self.heads, -1).contiguous())
+        return kept
 
     def step(self, qkv: Tensor, gates: Tensor | None, slots: Tensor, state: Any) -> tuple[Tensor, Any]:
         """What the mixer makes of a slot's projections, (batch, 1, dim), before `out`."""
@@ -247,7 +255,7 @@ class ImageGPT(nn.Module):
     def _run(self, stack: kernels.Stack, x: Tensor, slots: Tensor, state: State) -> Tensor:
         """The kernel goes through layer after layer, except for the mixers that it must ask."""
         attentions = [cast(Block, block).attention for block in self.blocks]
-        kept = [attention.keep(own) for attention, own in zip(attentions, state.layers, strict=True)]
+        kept = [attention.keep(slots, own) for attention, own in zip(attentions, state.layers, strict=True)]
         stack.keep(kept)
         asked = [index for index, known in enumerate(kept) if known is None]
         first, mixed = 0, None

@@ -120,6 +120,10 @@ class Kept(NamedTuple):
     """Slots, int64 (count,)."""
     places: Tensor | None
     """Theirs, int64 (count,); none: as many as they are, from the first on."""
+    scores: Tensor | None = None
+    """What the position adds to the scores, (heads, count)."""
+    turns: Tensor | None = None
+    """Cosines, then sines, by which it turns the query, then the key, (4, heads, head_dim / 2)."""
 
 
 def allot(last_use: list[int]) -> tuple[list[int], int]:
@@ -236,7 +240,7 @@ class ExactMixer(Mixer):
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, state: Cache, bias: ScoreBias | None = None
     ) -> tuple[Tensor, Cache]:
-        kept_k, kept_v, place, keys, places = self._next(state)
+        kept_k, kept_v, place, keys, places, *_ = self._next(state)
         kept_k[:, :, place], kept_v[:, :, place] = k[:, :, 0], v[:, :, 0]
         scores = None
         if bias is not None:

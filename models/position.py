@@ -56,6 +56,10 @@ class Position(nn.Module):
         """Queries and keys (batch, heads, slots, head_dim), turned."""
         return q, k
 
+    def angles(self, slots: Tensor, layer: int) -> tuple[Tensor, Tensor] | None:
+        """By what `rotate` turns pairs of channels of queries and of keys, (heads or none, slots, head_dim / 2)."""
+        return None
+
     def bias(self, layer: int) -> ScoreBias | None:
         """What is added to the scores of a layer."""
         return None
@@ -185,19 +189,23 @@ class Rotary(Position):
         scan = self.shape.scan
         return scan.target(slots), scan.content(slots)
 
-    def rotate(self, q: Tensor, k: Tensor, slots: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def angles(self, slots: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         frequency = self.frequencies(layer).to(slots.device)
         at_query, at_key = (
             sum(at[:, None] * f[:, None, :] for at, f in zip(place, frequency, strict=True))
             for place in self.places(slots)
         )
+        return at_query, at_key
+
+    def rotate(self, q: Tensor, k: Tensor, slots: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        at_query, at_key = self.angles(slots, layer)
         return turn(q, at_query), turn(k, at_key)
 
 
 class FixedRotary(Rotary):
     """Base: frequencies that are not learned, so that the angles are worked out once."""
 
-    angles: Tensor  # (queries and keys, n, head_dim / 2)
+    table: Tensor  # (queries and keys, n, head_dim / 2)
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
@@ -205,10 +213,10 @@ class FixedRotary(Rotary):
         angles = [torch.stack(c).T.double() @ frequency for c in self.places(torch.arange(shape.scan.grid.size))]
         # Whole turns are taken away in float64: a place of 65,536 would cost float32 its last four digits.
         turns = torch.stack(angles).remainder(2 * math.pi)
-        self.register_buffer("angles", turns.to(torch.get_default_dtype()), persistent=False)
+        self.register_buffer("table", turns.to(torch.get_default_dtype()), persistent=False)
 
-    def rotate(self, q: Tensor, k: Tensor, slots: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        return turn(q, self.angles[0, slots]), turn(k, self.angles[1, slots])
+    def angles(self, slots: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        return self.table[0, slots], self.table[1, slots]
 
 
 @position("rope1d")

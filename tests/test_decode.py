@@ -22,6 +22,13 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 TOKENS = torch.arange(20) % 4
 
 
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The pairs of channels as complex numbers."""
+    first, second = x.chunk(2, dim=-1)
+    whole = torch.complex(first, second) * torch.complex(cos, sin)[:, None]
+    return torch.cat([whole.real, whole.imag], dim=-1)
+
+
 class Weights:
     """A trunk's layers and head with biases and gates of a width of their own, and what they are by definition."""
 
@@ -59,11 +66,15 @@ class Weights:
     def attend(self, layer: int, x: Tensor, kept: Kept, heads: int) -> Tensor:
         norm, qkv = self.blocks[layer][:2]
         q, k, v = rearrange(qkv(norm(x)), "b n (t h d) -> t b h n d", t=3, h=heads)
+        if kept.turns is not None:
+            (cos_q, cos_k), (sin_q, sin_k) = kept.turns.unflatten(0, (2, 2))
+            q, k = turned(q, cos_q, sin_q), turned(k, cos_k, sin_k)
         all_k, all_v = kept.k.clone(), kept.v.clone()
         all_k[:, :, kept.place], all_v[:, :, kept.place] = k[:, :, 0], v[:, :, 0]
         places = torch.arange(len(kept.keys)) if kept.places is None else kept.places
         mask = torch.ones(1, len(places), dtype=torch.bool)
-        mixed = reference.softmax_attention(q, all_k[:, :, places], all_v[:, :, places], mask)
+        scores = None if kept.scores is None else kept.scores[:, None]
+        mixed = reference.softmax_attention(q, all_k[:, :, places], all_v[:, :, places], mask, scores)
         return self.finish(layer, x, rearrange(mixed, "b h n d -> b n (h d)"))
 
 
@@ -85,7 +96,7 @@ class Weights:
 def test_layers_and_logits_equal_the_oracle(
     batch: int, heads: int, head_dim: int, room: int, wide: int, dtype: torch.dtype, bias: bool
 ) -> None:
-    """A layer that sees all keys, then one that sees some in any order; keys and values one before the other."""
+    """A layer that sees all keys, then one that sees some in any order, biased and, if it can be, turned."""
     dim, vocab = heads * head_dim, 19
     weights = Weights(2, dim, wide, vocab, dtype, bias)
     stack, x = kernels.Stack(weights.blocks, weights.head, heads), torch.randn(batch, 1, dim, dtype=dtype)
@@ -94,6 +105,9 @@ def test_layers_and_logits_equal_the_oracle(
         k, v = (3 * torch.randn(batch, room, heads, head_dim, dtype=dtype).transpose(1, 2) for _ in range(2))
         seen = torch.arange(room if places is None else len(places))
         kept = Kept(k, v, room - 1 if places is None else int(places[-1]), seen, places)
+        if places is not None:
+            turns = torch.randn(4, heads, head_dim // 2, dtype=dtype) if head_dim % 2 == 0 else None
+            kept = kept._replace(scores=torch.randn(heads, len(seen), dtype=dtype), turns=turns)
         true = weights.attend(layer, true, kept, heads)
         told.append(kept)
     stack.keep(told)
@@ -192,7 +206,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ("linear", {}, 4),
         ("gla", {}, 4),
         ("hybrid-linear", {"depth": 4}, 4),
-        ("dense-relbias2d", {}, 4),
+        ("dense-relbias2d", {}, 1),
+        ("dense-mixed2d", {}, 1),
     ],
 )
 def test_a_step_is_one_call_and_one_more_for_each_mixer_that_is_asked(

@@ -34,6 +34,8 @@ template <typename T> struct Layer {
 template <typename T> struct Kept {   // (batch, heads, places, head_dim)
     T *k, *v;                         // null: the mixer must be asked
     const int64_t* places;            // of the keys that the slot sees; null: the first `count`
+    const T* scores;                  // (heads, count), what is added to the scores, or null
+    const T* turns;                   // (cosines and sines, of q and k, heads, head_dim / 2), or null
     int64_t count, place;             // the slot's own
     int64_t k_strides[3], v_strides[3];
 };
@@ -89,11 +91,13 @@ template <typename T> struct Query {
     }
 
     // `next`: the keys that will be read after these.
-    void run(const T* q, const T* k, const T* v, const T* next, int64_t pitch_k, int64_t pitch_v, T scale, T* out) {
+    void run(const T* q, const T* k, const T* v, const T* next, int64_t pitch_k, int64_t pitch_v, const T* added, T scale,
+             T* out) {
         T* w = weights.data();
         for (int64_t first = 0; first < count; first += LANES) {
             for (int64_t key = first; key < std::min(first + LANES, count); key++) expect(v, pitch_v, key);
-            S::store(w + first, scores(q, k, pitch_k, first) * scale);
+            V score = scores(q, k, pitch_k, first) * scale;
+            S::store(w + first, added ? score + S::load(added + first, int(count - first)) * T(LOG2E) : score);
         }
         V most = S::load(w), mass{};
         for (int64_t key = LANES; key < count; key += LANES) most = S::max(most, S::load(w + key));
@@ -194,8 +198,17 @@ template <typename T, int LANES> struct Rows {
         product(by, width, job.dim, x, out, [](V sum, const T*) { return sum; });
     }
 
+    // Channels p and p + half of a query or key, turned together.
+    static void turn_pairs(T* x, const T* cosines, const T* sines, int64_t half) {
+        for (int64_t p = 0; p < half; p++) {
+            T first = x[p], second = x[p + half];
+            x[p] = first * cosines[p] - second * sines[p];
+            x[p + half] = second * cosines[p] + first * sines[p];
+        }
+    }
+
     // Puts keys and values in their place and attends; projected (rows, 3, dim), mixed (rows, dim).
-    int attend(const Kept<T>& kept, const T* projected, T* mixed) const {
+    int attend(const Kept<T>& kept, T* projected, T* mixed) const {
         const int64_t dim = job.dim, head_dim = dim / job.heads, *ks = kept.k_strides, *vs = kept.v_strides;
         // Every number is read for the sake of two FLOPs, so that each takes longer than in a product.
         int busy = int(std::max<int64_t>(1, std::min<int64_t>(threads, 16 * rows * dim * kept.count / WORTH)));
@@ -203,14 +216,21 @@ template <typename T, int LANES> struct Rows {
 #pragma omp parallel for num_threads(busy) if (busy > 1) schedule(static)
         for (int64_t each = 0; each < rows * job.heads; each++) {
             int64_t row = each / job.heads, head = each % job.heads;
-            const T* q = projected + row * 3 * dim + head * head_dim;
+            T* q = projected + row * 3 * dim + head * head_dim;
+            const T *added = kept.scores ? kept.scores + head * kept.count : nullptr, *turns = kept.turns + head * head_dim / 2;
+            if (kept.turns) {
+                turn_pairs(q, turns, turns + dim, head_dim / 2);
+                turn_pairs(q + dim, turns + dim / 2, turns + dim + dim / 2, head_dim / 2);
+            }
             T* k = kept.k + (begin + row) * ks[0] + head * ks[1];
             T* v = kept.v + (begin + row) * vs[0] + head * vs[1];
             std::copy_n(q + dim, head_dim, k + kept.place * ks[2]);
             std::copy_n(q + 2 * dim, head_dim, v + kept.place * vs[2]);
             try {
+                const T* next = head + 1 < job.heads ? k + ks[1] : k + ks[0] - head * ks[1];
                 Query<T>(kept.places, kept.count, head_dim)
-                    .run(q, k, v, head + 1 < job.heads ? k + ks[1] : k + ks[0] - head * ks[1], ks[2], vs[2], T(LOG2E / std::sqrt(double(head_dim))), mixed + row * dim + head * head_dim);
+                    .run(q, k, v, next, ks[2], vs[2], added, T(LOG2E / std::sqrt(double(head_dim))),
+                         mixed + row * dim + head * head_dim);
             } catch (const std::bad_alloc&) {
                 failed = 1;
             }

@@ -39,7 +39,8 @@ class _Layer(Structure):
 
 class _Kept(Structure):
     _fields_ = (
-        ("k", c_void_p), ("v", c_void_p), ("places", c_void_p), ("count", c_int64), ("place", c_int64),
+        ("k", c_void_p), ("v", c_void_p), ("places", c_void_p), ("scores", c_void_p), ("turns", c_void_p),
+        ("count", c_int64), ("place", c_int64),
         ("k_strides", c_int64 * 3), ("v_strides", c_int64 * 3),
     )  # fmt: skip
 
@@ -107,11 +108,11 @@ class Stack:
         for to, known in zip(self._kept, kept, strict=True):
             if known is None:
                 continue
-            k, v, place, keys, places = known
+            k, v, place, keys, *others = known
             if k.dtype != self.dtype:
                 raise ValueError(f"a state that began in {k.dtype} cannot go on in {self.dtype}; start anew")
             to.k, to.v, to.count, to.place = k.data_ptr(), v.data_ptr(), len(keys), place
-            to.places = None if places is None else places.data_ptr()
+            to.places, to.scores, to.turns = (None if other is None else other.data_ptr() for other in others)
             to.k_strides, to.v_strides = k.stride()[:3], v.stride()[:3]
 
     def run(self, x: Tensor, mixed: Tensor | None, first: int, stop: int) -> tuple[Tensor, Tensor]:
