@@ -6,10 +6,12 @@ backward pass, which computes the rest again; sums (parts, …): room in which t
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .compiler import call, missing, unfit
 
@@ -144,3 +146,31 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*_finish_backward(grad, *ctx.saved_tensors, ctx.eps)[:-1], None)
+
+
+Shape = torch.Size
+
+
+@register_flop_formula(torch.ops.attnbench.project)
+def _project_flops(x: Shape, gain: Shape, weight: Shape, eps: float, **_: Any) -> int:
+    """What torch's FlopCounterMode adds: two for every weight and row."""
+    return 2 * math.prod(x[:-1]) * math.prod(weight)
+
+
+@register_flop_formula(torch.ops.attnbench.project_backward)
+def _project_backward_flops(grad: Shape, x: Shape, gain: Shape, weight: Shape, eps: float, **_: Any) -> int:
+    return 2 * _project_flops(x, gain, weight, eps)
+
+
+@register_flop_formula(torch.ops.attnbench.finish)
+def _finish_flops(
+    x: Shape, mixed: Shape, outer: Shape, gain: Shape, up: Shape, down: Shape, eps: float, **_: Any
+) -> int:
+    return 2 * math.prod(x[:-1]) * sum(map(math.prod, (outer, up, down)))
+
+
+@register_flop_formula(torch.ops.attnbench.finish_backward)
+def _finish_backward_flops(
+    grad: Shape, mixed: Shape, outer: Shape, gain: Shape, up: Shape, down: Shape, *_: Any, **__: Any
+) -> int:
+    return 2 * _finish_flops(grad, mixed, outer, gain, up, down, 0.0)
