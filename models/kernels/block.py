@@ -6,7 +6,6 @@ backward pass, which computes the rest again; sums (parts, …): room in which t
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -148,29 +147,21 @@ class _Finish(torch.autograd.Function):
         return (*_finish_backward(grad, *ctx.saved_tensors, ctx.eps)[:-1], None)
 
 
-Shape = torch.Size
+# What torch's counter counts of them: the products, and in the backward pass two for each.
 
 
-@register_flop_formula(torch.ops.attnbench.project)
-def _project_flops(x: Shape, gain: Shape, weight: Shape, eps: float, **_: Any) -> int:
-    """What torch's FlopCounterMode adds: two for every weight and row."""
-    return 2 * math.prod(x[:-1]) * math.prod(weight)
+def _project_flops(x: torch.Size, gain: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * x[:-1].numel() * weight.numel()
 
 
-@register_flop_formula(torch.ops.attnbench.project_backward)
-def _project_backward_flops(grad: Shape, x: Shape, gain: Shape, weight: Shape, eps: float, **_: Any) -> int:
-    return 2 * _project_flops(x, gain, weight, eps)
-
-
-@register_flop_formula(torch.ops.attnbench.finish)
 def _finish_flops(
-    x: Shape, mixed: Shape, outer: Shape, gain: Shape, up: Shape, down: Shape, eps: float, **_: Any
-) -> int:
-    return 2 * math.prod(x[:-1]) * sum(map(math.prod, (outer, up, down)))
+    x: torch.Size, mixed: torch.Size, outer: torch.Size, gain: torch.Size, up: torch.Size, down: torch.Size,
+    *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    return 2 * x[:-1].numel() * (outer.numel() + up.numel() + down.numel())
 
 
-@register_flop_formula(torch.ops.attnbench.finish_backward)
-def _finish_backward_flops(
-    grad: Shape, mixed: Shape, outer: Shape, gain: Shape, up: Shape, down: Shape, *_: Any, **__: Any
-) -> int:
-    return 2 * _finish_flops(grad, mixed, outer, gain, up, down, 0.0)
+register_flop_formula(torch.ops.attnbench.project)(_project_flops)
+register_flop_formula(torch.ops.attnbench.project_backward)(lambda grad, *rest, **_: 2 * _project_flops(*rest))
+register_flop_formula(torch.ops.attnbench.finish)(_finish_flops)
+register_flop_formula(torch.ops.attnbench.finish_backward)(lambda grad, *rest, **_: 2 * _finish_flops(grad, *rest))
