@@ -129,7 +129,10 @@ def select(runs: pd.DataFrame, *selectors: Selector) -> pd.DataFrame:
 
 
 def context_key(record: Record, without: Iterable[str] = ()) -> str:
-    """Everything that two runs must share to be compared, but for the settings named in `without`."""
+    """Everything that two runs must share to be compared, but for the settings named in `without`.
+
+    Settings at their default are left out, so that records which never knew a new one compare with those that do.
+    """
     left_out = (
         {*without} | ({"data.name"} if "data" in without else set()) | ({"data.side"} if "side" in without else set())
     )
@@ -137,6 +140,7 @@ def context_key(record: Record, without: Iterable[str] = ()) -> str:
         path: value
         for path, value in _flat(part(record, "config")).items()
         if not _under(path, (*SETTING, *_NOT_CONTEXT, *left_out))
+        and (path not in _DEFAULTS or value != _DEFAULTS[path])
     }
     if "side" not in without and "data" not in without:
         flat["checksum"] = part(record, "data").get("checksum")

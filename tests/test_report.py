@@ -384,3 +384,12 @@ def test_a_setting_is_one_however_it_was_told(tmp_path: Path) -> None:
     assert len(frame.select(runs, {"variant": "local2d", "model.options.radius": 3, "train.lr": 5e-3})) == 3
     assert len(frame.select(runs, {"variant": "local2d", "position": "rope2d"})) == 1
     assert len(frame.select(runs, {"variant": "local2d", "train.lr": 1e-3})) == 0
+
+
+def test_a_record_that_never_knew_a_setting_compares_with_those_that_do() -> None:
+    old, new = synthetic.one("local2d", 0), synthetic.one("local2d", 0)
+    del old["config"]["data"]["revision"]
+    assert frame.context_key(old) == frame.context_key(new)
+    assert frame.frame([old, new])["chosen"].tolist() == [True, False]
+    new["config"]["data"]["revision"] = "0123"
+    assert frame.context_key(old) != frame.context_key(new)
