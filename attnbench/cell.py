@@ -75,11 +75,11 @@ def main() -> int:
     said: deque[str] = deque(maxlen=TAIL)
     sys.stdout, sys.stderr = Heard(sys.stdout, said), Heard(sys.stderr, said)  # type: ignore[assignment]
     try:
-        from attnbench import experiment, measure, record
+        from attnbench import duel, experiment, measure, record
 
         config = experiment.resolve(order.config)
         if order.memory is not None:
-            limit(config, order.memory)
+            duel.limit_memory(order.memory, config.device)
         else:  # a heap that never shrinks has gaps, which a limit would count
             measure.keep_freed()
         watch = Watch(order.claim)
@@ -92,19 +92,6 @@ def main() -> int:
         return STOPPED
     print(path)
     return 0 if record.read(path)["status"] == "ok" else 1
-
-
-def limit(config: RunConfig, size: int) -> None:
-    """Lets this process have `size` bytes beyond what the libraries took, of the memory that the run's device has."""
-    if config.device != "cuda":
-        from attnbench import duel
-
-        duel.limit_memory(size)
-        return
-    import torch
-
-    whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, size / whole))
 
 
 def _end_with_launcher() -> None:

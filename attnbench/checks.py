@@ -23,7 +23,7 @@ import models
 from attnbench import variants
 from attnbench.config import RunConfig
 from models import Mixer, Variant
-from models.backends import LIBRARIES
+from models.backends import CUDA_ONLY
 from models.geometry import matrix
 
 SHAPES = ((1, 1), (1, 7), (5, 1), (3, 5), (7, 11), (10, 9), (13, 13))
@@ -96,7 +96,7 @@ def inputs(mixer: Mixer) -> list[Tensor]:
 
 def backends(mixer: Mixer) -> list[str]:
     """What runs on a CPU in float64; the libraries' are checked in low precision, on CUDA."""
-    return [name for name in mixer.backends if name not in LIBRARIES and not mixer.refusals(name)]
+    return [name for name in mixer.backends if name not in CUDA_ONLY and not mixer.refusals(name)]
 
 
 # --- the checks -------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def low_precision(subject: Subject) -> str:
         str(dtype).removeprefix("torch."): _off_by(subject.build(7, 11), dtype, bound)
         for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.1))
     }
-    for backend in LIBRARIES if torch.cuda.is_available() else ():
+    for backend in CUDA_ONLY if torch.cuda.is_available() else ():
         try:
             model = subject.build(7, 11, dim=32, backend=backend)
         except ValueError:

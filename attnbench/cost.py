@@ -32,6 +32,9 @@ WIDTH = 150
 SHAPE = {"dim": 128, "depth": 6, "heads": 4}
 """The model, where no preset is named."""
 
+BATCH = 2
+"""Images at a time, where none are told."""
+
 Scope = Literal["attention", "step"]
 
 
@@ -44,7 +47,7 @@ class CostConfig(Settings):
     """Sides of the image, separated by commas."""
     suite: str | None = None
     """Cells that are declared in a file of attnbench/costs: gpu."""
-    batch: PositiveInt = 2
+    batch: PositiveInt = BATCH
     """Images at a time."""
     budget: PositiveFloat = 3.0
     """Seconds of timing a cell and scope."""
@@ -75,9 +78,13 @@ class CellsConfig(Settings):
     variants: tuple[str, ...] = Field(min_length=1)
     scope: Scope
     sides: tuple[PositiveInt, ...] = Field(min_length=1)
-    batch: PositiveInt = 2
+    batch: PositiveInt = BATCH
     preset: str | None = None
     compile: bool = False
+    backend: str = "auto"
+    """The variants' implementation; the baseline's is left open."""
+    decoding: bool = True
+    """Time decoding too, slot by slot, which takes long for many slots."""
     options: dict[str, dict[str, Scalar]] = Field(default_factory=dict)
 
 
@@ -87,6 +94,12 @@ class CostSuite(Settings):
     needs: Literal["cpu", "cuda"] = "cpu"
     seconds: PositiveFloat
     """All of it must take no longer."""
+    budget: PositiveFloat
+    """Seconds of timing a cell, in place of --budget."""
+    limit: PositiveFloat
+    """Seconds after which a cell is given up, in place of --limit."""
+    memory: str
+    """Bytes that a cell may use, in place of --memory."""
     precision: Literal["float32", "bfloat16"] = "float32"
     cells: tuple[CellsConfig, ...] = Field(min_length=1)
 
@@ -98,6 +111,7 @@ class Cell:
     config: RunConfig
     side: int
     scope: Scope
+    decoding: bool = True
 
     @property
     def id(self) -> str:
@@ -105,6 +119,7 @@ class Cell:
         from attnbench import record
 
         told = {"side": self.side, "scope": self.scope, **self.config.identity()}
+        told |= {} if self.decoding else {"decoding": False}
         digest = hashlib.sha256(record.canonical(told)).hexdigest()[:10]
         return f"{record._slug(self.config.variant)}-{self.scope}-{self.side}-{digest}"
 
@@ -125,7 +140,7 @@ def cells(config: CostConfig) -> list[Cell]:
     """All cells, the baseline's first, the short sequences first. Raises Refusal."""
     if config.suite is not None:
         declared = suite(config.suite)
-        return [cell for block in declared.cells for cell in _declared(block, declared)]
+        return list({cell.id: cell for block in declared.cells for cell in _declared(block, declared)}.values())
     import models
     from attnbench import variants
 
@@ -164,11 +179,12 @@ def _declared(block: CellsConfig, declared: CostSuite) -> Iterator[Cell]:
     for name in block.variants:
         for side in block.sides:
             cell = _cell(name, side, block.scope, block.batch, PRESETS[block.preset] if block.preset else SHAPE)
-            model = cell.config.model.model_copy(update={"options": block.options.get(name, {})})
+            chosen = {"options": block.options.get(name, {}), "backend": block.backend}
+            model = cell.config.model.model_copy(update=chosen)
             told = {"compile": block.compile, "precision": declared.precision}
             train = cell.config.train.model_copy(update=told)
             update = {"device": declared.needs, "model": model, "train": train}
-            yield Cell(cell.config.model_copy(update=update), side, block.scope)
+            yield Cell(cell.config.model_copy(update=update), side, block.scope, block.decoding)
 
 
 def _cell(name: str, side: int, scope: Scope, batch: int, shape: dict[str, int] = SHAPE) -> Cell:
@@ -189,14 +205,15 @@ def measured(cell: Cell, limits: CostConfig, baseline: bool) -> dict[str, Any]:
     request = measure.Request(cell.config, cell.side, cell.side, VOCAB)
     told: dict[str, Any] = {"request": request.dump(), "scope": cell.scope, "memory": limits.bytes}
     rival = _rival(cell) if baseline else None
-    told |= {"budget": limits.budget, "baseline": rival and rival.dump()}
+    told |= {"budget": limits.budget, "baseline": rival and rival.dump(), "decoding": cell.decoding}
     metrics: dict[str, Any] = {"peak_bytes": None}
     try:
-        if cell.scope == "step":
-            metrics["peak_bytes"] = measure.in_child("memory", told["request"], limits.limit)["peak_bytes"]
+        if cell.config.device == "cuda":
+            found = measure.in_child("attnbench.duel:both", told, limits.limit)
+            metrics["peak_bytes"] = found["peak_bytes"]
         else:
             metrics["peak_bytes"] = measure.in_child("attnbench.duel:memory", told, limits.limit)["peak_bytes"]
-        found = measure.in_child("attnbench.duel:time", told, limits.limit)
+            found = measure.in_child("attnbench.duel:time", told, limits.limit)
     except measure.ChildFailed as failed:
         return {"status": _status(failed), "reason": str(failed)[:500], "backend": None, "metrics": metrics}
     return {"status": "ok", "backend": found["backend"], "metrics": metrics | _rates(found, cell)}
@@ -228,7 +245,7 @@ def _rival(cell: Cell) -> Any:
     name = RunConfig().variant
     if cell.config.variant == name:
         return None
-    model = cell.config.model.model_copy(update={"options": {}})
+    model = cell.config.model.model_copy(update={"options": {}, "backend": "auto"})
     config = cell.config.model_copy(update={"variant": name, "model": model})
     return measure.Request(config, cell.side, cell.side, VOCAB)
 
@@ -290,24 +307,40 @@ def _identity(cell: Cell) -> dict[str, Any]:
 # --- what the records say ---------------------------------------------------------------------------------------------
 
 
+def label(record: dict[str, Any]) -> str:
+    """The variant, and of its model and training whatever differs from what `--variants` takes."""
+    model, train = (record.get("config", {}).get(name, {}) for name in ("model", "train"))
+    words = [str(record["variant"])]
+    if model.get("dim", SHAPE["dim"]) != SHAPE["dim"]:
+        words.append(f"dim {model['dim']}")
+    if train.get("batch", BATCH) != BATCH:
+        words.append(f"batch {train['batch']}")
+    if train.get("compile"):
+        words.append("compiled")
+    backend = model.get("backend", "auto")
+    return " ".join([*words, *([] if backend == "auto" else [f"({backend})"])])
+
+
 def series(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-    """(variant, scope, phase or "memory") -> its points: side, tokens, cost, ratio to the baseline (Ratio or None)."""
+    """(label, scope, phase or "memory") -> its points: side, tokens, cost, ratio to the baseline (Ratio or None)."""
     from attnbench.exponents import Ratio
 
     base = RunConfig().variant
-    peaks = {(r["scope"], r["side"]): r["metrics"]["peak_bytes"] for r in records if r["variant"] == base}
+    peaks = {(label(r), r["scope"], r["side"]): r["metrics"]["peak_bytes"] for r in records if r["variant"] == base}
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for r in records:
+        name, backend = label(r), r.get("config", {}).get("model", {}).get("backend", "auto")
+        rival = name.replace(r["variant"], base, 1).removesuffix(f" ({backend})")
         place = {"side": r["side"], "tokens": r["tokens"]}
         for phase, timings in r["metrics"].get("phases", {}).items():
             told = timings.get("ratio")
             ratio = told and Ratio(r["side"], told["median"], told["low"], told["high"])
             point = place | {"cost": timings["own"]["median"], "ratio": ratio}
-            found.setdefault((r["variant"], r["scope"], phase), []).append(point)
-        peak, other = r["metrics"]["peak_bytes"], peaks.get((r["scope"], r["side"]))
+            found.setdefault((name, r["scope"], phase), []).append(point)
+        peak, other = r["metrics"]["peak_bytes"], peaks.get((rival, r["scope"], r["side"]))
         if peak and peak > 0:
             share = Ratio(r["side"], *(peak / other,) * 3) if other and r["variant"] != base else None
-            found.setdefault((r["variant"], r["scope"], "memory"), []).append(place | {"cost": peak, "ratio": share})
+            found.setdefault((name, r["scope"], "memory"), []).append(place | {"cost": peak, "ratio": share})
     return found
 
 
@@ -322,16 +355,14 @@ def _print(records: Sequence[dict[str, Any]]) -> None:
         phases = r["metrics"].get("phases", {})
         peak = f"{r['metrics']['peak_bytes'] / 1e6:,.1f}" if r["metrics"]["peak_bytes"] else ""
         if not phases:
-            cost.add_row(
-                r["variant"], r["scope"], str(r["side"]), r["status"], "", r.get("reason", ""), "", "", "", peak
-            )
+            cost.add_row(label(r), r["scope"], str(r["side"]), r["status"], "", r.get("reason", ""), "", "", "", peak)
         for phase, t in phases.items():
             own, ratio = t["own"], t.get("ratio")
             spread = f"{own['low'] * 1e3:,.2f} to {own['high'] * 1e3:,.2f}"
             share = f"{t['share_of_product']:.1%}" if "share_of_product" in t else ""
             against = f"{ratio['median']:.3f}" if ratio else ""
             row = (f"{own['median'] * 1e3:,.2f}", spread, str(own["n"]), share, against, peak)
-            cost.add_row(r["variant"], r["scope"], str(r["side"]), phase, *row)
+            cost.add_row(label(r), r["scope"], str(r["side"]), phase, *row)
     fits = Table("variant", "scope", "cost", "exponent in n", "95 %", "points", "cheaper than the baseline from side")
     for (variant, scope, phase), points in series(records).items():
         fit = exponent([p["tokens"] for p in points], [p["cost"] for p in points])
@@ -347,8 +378,11 @@ def _print(records: Sequence[dict[str, Any]]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     config = cli.parse(CostConfig, argv, prog="attnbench.cost")
-    if config.suite is not None and suite(config.suite).needs == "cuda":
-        _need_cuda(config.suite)
+    if config.suite is not None:
+        declared = suite(config.suite)
+        if declared.needs == "cuda":
+            _need_cuda(config.suite)
+        config = config.model_copy(update=declared.model_dump(include={"budget", "limit", "memory"}))
     todo = cells(config)
     from attnbench import storage
 

@@ -21,6 +21,12 @@ from attnbench.measure import PeakMeter, Request, Timing
 PRODUCT = 1024
 """Rows and columns of the yardstick's matrices."""
 
+LOW = 0.02
+"""How far a result in low precision may be from the oracle."""
+
+WARMUPS = 3
+"""Passes before a CUDA graph is captured."""
+
 TIMES = 3
 """Turns at least, where the budget allows two of them."""
 
@@ -50,14 +56,16 @@ class Inputs:
 def time_cell(told: dict[str, Any]) -> dict[str, Any]:
     """Seconds of every phase, of the variant and (if `baseline` is given) of the baseline, and of the matrix product.
 
-    told: `request`, `scope` ("attention" or "step"), `baseline` (a request or None), `budget` seconds, `memory` bytes.
+    told: `request`, `scope` ("attention" or "step"), `baseline` (a request or None), `budget` seconds, `memory` bytes,
+    `decoding`, whether that is timed too.
     Raises AssertionError where an oracle is missed.
     """
-    limit_memory(told.get("memory"))
     request = Request.parse(told["request"])
-    sides = {"own": phases_of(request, told["scope"])}
+    limit_memory(told.get("memory"), request.config.device)
+    scope, decoding = told["scope"], told.get("decoding", True)
+    sides = {"own": phases_of(request, scope, decoding)}
     if told.get("baseline"):
-        sides["baseline"] = phases_of(Request.parse(told["baseline"]), told["scope"])
+        sides["baseline"] = phases_of(Request.parse(told["baseline"]), scope, decoding)
     found = by_turns(sides, product(request.config.device, request.config.train.precision), told["budget"])
     return {"phases": found, "flops": _flops(request, told["scope"]), "backend": _backend(request)}
 
@@ -83,9 +91,11 @@ def by_turns(sides: dict[str, Phases], yardstick: Callable[[], float], budget: f
 
 
 def peak_cell(told: dict[str, Any]) -> dict[str, Any]:
-    """Peak bytes of the attention's forward and backward pass, inputs and gradients included; of `request`."""
-    limit_memory(told.get("memory"))
+    """Peak bytes of `request`: of a training step, or of the attention's passes, inputs and gradients included."""
     request = Request.parse(told["request"])
+    limit_memory(told.get("memory"), request.config.device)
+    if told["scope"] == "step":
+        return measure._measure_memory(told["request"])
     rehearsal = Request(request.config, 8, 8, request.vocab)
     _there_and_back(*attention(rehearsal))
     meter = PeakMeter(request.config.device)
@@ -93,9 +103,17 @@ def peak_cell(told: dict[str, Any]) -> dict[str, Any]:
     return {"peak_bytes": meter.bytes()}
 
 
-def limit_memory(size: int | None) -> None:
-    """Lets this process have `size` bytes more than it has; what goes beyond raises. Linux; elsewhere no limit."""
-    if not size or not sys.platform.startswith("linux"):
+def both_cell(told: dict[str, Any]) -> dict[str, Any]:
+    """What `peak_cell` and then `time_cell` say, where memory is counted by an allocator: the libraries load once."""
+    return peak_cell(told) | time_cell(told)
+
+
+def limit_memory(size: int | None, device: str = "cpu") -> None:
+    """Lets this process have `size` bytes more than it has (on CUDA: in all); more raises. Linux or CUDA only."""
+    if size and device == "cuda":
+        whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, size / whole))
+    if not size or device == "cuda" or not sys.platform.startswith("linux"):
         return
     import resource
 
@@ -117,22 +135,28 @@ def product_flops(device: str) -> int:
     return 2 * (PRODUCT if device == "cpu" else 8 * PRODUCT) ** 3
 
 
-def phases_of(request: Request, scope: str) -> Phases:
+def phases_of(request: Request, scope: str, decoding: bool = True) -> Phases:
     """The phases of a cell. Raises AssertionError where the oracle is missed."""
     check_oracle(request)
-    return _attention_phases(request) if scope == "attention" else _step_phases(request)
+    return _attention_phases(request, decoding) if scope == "attention" else _step_phases(request)
 
 
 def check_oracle(request: Request) -> None:
-    """The attention against its oracle on a 5 × 7 grid, float64. Raises AssertionError."""
-    small = request.config.model_copy(update={"device": "cpu"})
-    mixer, given = attention(Request(small, 5, 7, 5), torch.float64)
+    """The attention against its float64 oracle on a 5 × 7 grid. Raises AssertionError.
+
+    On a CPU in float64 too; on CUDA as it will be timed, for what runs there may know no other dtype: within LOW of the
+    largest value.
+    """
+    on_cuda = request.config.device == "cuda"
+    mixer, given = attention(Request(request.config, 5, 7, 5), None if on_cuda else torch.float64)
     if mixer is None:
         return
+    wide = {name: x.double() if isinstance(x, Tensor) else x for name, x in given.extras.items()}
     with torch.no_grad():
-        out = mixer(given.q, given.k, given.v, **given.extras)
-        want = mixer.oracle(given.q, given.k, given.v, **given.extras)  # type: ignore[operator]
-    torch.testing.assert_close(out, want, rtol=1e-9, atol=1e-9)
+        out = mixer(given.q, given.k, given.v, **given.extras).double()
+        want = mixer.oracle(given.q.double(), given.k.double(), given.v.double(), **wide)  # type: ignore[operator]
+    bound = LOW * float(want.abs().max()) if on_cuda else 1e-9
+    torch.testing.assert_close(out, want, rtol=0.0 if on_cuda else 1e-9, atol=bound)
 
 
 def attention(request: Request, dtype: torch.dtype | None = None) -> tuple[nn.Module | None, Inputs]:
@@ -157,7 +181,7 @@ def _there_and_back(mixer: nn.Module | None, given: Inputs) -> None:
     torch.autograd.grad(out, given.leaves(), torch.ones_like(out), allow_unused=True)
 
 
-def _attention_phases(request: Request) -> Phases:
+def _attention_phases(request: Request, decoding: bool) -> Phases:
     mixer, given = attention(request)
     assert mixer is not None
     device = request.config.device
@@ -177,9 +201,37 @@ def _attention_phases(request: Request) -> Phases:
         return measure._seconds(lambda: torch.autograd.grad(out, leaves, grad, allow_unused=True), device)
 
     phases: Phases = {"forward": forward, "backward": backward}
-    if request.config.model.objective == "ar":
+    if device == "cuda" and (replays := _replays(run, given.leaves())):
+        phases = {
+            phase: lambda replay=replay: measure._seconds(replay, device)  # type: ignore[misc]
+            for phase, replay in zip(phases, replays, strict=True)
+        }
+    if decoding and request.config.model.objective == "ar":
         phases["decoding"] = lambda: _decoding(mixer, given, device)
     return phases
+
+
+def _replays(run: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[Callable[[], None], Callable[[], None]] | None:
+    """The forward and the backward pass as CUDA graphs; None where something in them cannot be captured.
+
+    A replay is the device's work without Python's launching, which for a short pass takes longer than the pass.
+    """
+    stream, graphs = torch.cuda.Stream(), (torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARMUPS):  # kernels are compiled, libraries loaded
+            grad = torch.ones_like(out := run())
+            torch.autograd.grad(out, leaves, grad, allow_unused=True)
+            del out
+    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.graph(graphs[0], stream=stream):
+            out = run()
+        with torch.cuda.graph(graphs[1], pool=graphs[0].pool(), stream=stream):
+            torch.autograd.grad(out, leaves, grad, allow_unused=True)
+    except RuntimeError:
+        return None
+    return graphs[0].replay, graphs[1].replay
 
 
 def _decoding(mixer: Any, given: Inputs, device: str) -> float:
@@ -224,7 +276,7 @@ def _backend(request: Request) -> str:
     return str(train.make_model(small, *request.shape).backend)
 
 
-KINDS: measure.Kinds = {"time": time_cell, "memory": peak_cell}
+KINDS: measure.Kinds = {"time": time_cell, "memory": peak_cell, "both": both_cell}
 
 if __name__ == "__main__":
     measure.main(KINDS)

@@ -1,9 +1,7 @@
 """Attention by other libraries, each asked for by name: FlexAttention, xformers, NATTEN, flash-linear-attention.
 
-They train on CUDA only.
-
-"auto" takes none of them: they are tested on a CPU alone, as far as they run there.  Each has a function that lists
-every reason why it cannot serve a layer, and one that computes; the library is imported when first needed.
+They train on CUDA only.  Each has a function that lists every reason why it cannot serve a layer, and one that
+computes; the library is imported when first needed.
 
 Shapes: q, k, v, out (batch, heads, seq, head_dim).
 """
@@ -14,7 +12,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +20,8 @@ from torch import Tensor
 
 from .geometry import Predicate, Scan
 
-LIBRARIES = ("flex", "xformers", "natten", "fla")
-"""The backends of other libraries, which train on CUDA only."""
+CUDA_ONLY = ("triton", "flex", "xformers", "natten", "fla")
+"""The backends that train on CUDA only: a kernel of our own, and those of other libraries."""
 
 FAR = -80.0
 """Added to a score to make its weight vanish: e⁻⁸⁰. Much more would cost the log of the mass its digits in float32."""
@@ -56,28 +54,51 @@ def _flex(device: str) -> Callable[..., Any]:
     return kernel if device == "cpu" else torch.compile(kernel, dynamic=False)
 
 
-def flex_mask(visible: Predicate, size: int, device: torch.device) -> Any:
-    """The BlockMask of a predicate; to be made once, it takes a while."""
+FLEX_BLOCK = 128
+"""Queries and keys of a block that is computed or left out as a whole."""
+
+
+class FlexPlan(NamedTuple):
+    """How FlexAttention serves a mask: the order in which slots stand there, how to come back, and its BlockMask."""
+
+    order: Tensor | None  # int64 (n,): the slot at each place; none: as they are
+    places: Tensor | None  # int64 (n,): the place of each slot
+    block_mask: Any
+
+
+def flex_plan(visible: Predicate, size: int, device: torch.device, order: Tensor | None = None) -> FlexPlan:
+    """To be made once, it takes a while.
+
+    order: which slots stand together, so that few blocks hold a visible pair; none: as they are.
+    """
     from torch.nn.attention.flex_attention import create_block_mask
 
+    places = None
+    if order is not None:
+        order, places = order.to(device), torch.argsort(order).to(device)
     first = torch.zeros((), dtype=torch.int64, device=device)
     visible(first, first)  # what a scan keeps must be made before the predicate is traced
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible(query, key)
+        return visible(query, key) if order is None else visible(order[query], order[key])
 
-    return create_block_mask(mask_mod, None, None, size, size, device=device)
+    # Compiled it never lays out the n² pairs; a CPU, where this is only compared with, need not wait for a compiler.
+    mask = create_block_mask(mask_mod, None, None, size, size, device, FLEX_BLOCK, _compile=device.type == "cuda")
+    return FlexPlan(order, places, mask)
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, block_mask: Any, bias: Callable[..., Tensor] | None = None) -> Tensor:
+def flex(q: Tensor, k: Tensor, v: Tensor, plan: FlexPlan, bias: Callable[..., Tensor] | None = None) -> Tensor:
     """Softmax over the visible keys; the bias is worked out score by score."""
+    order = plan.order
 
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         assert bias is not None
-        return score + bias(query, key, head)
+        return score + (bias(query, key, head) if order is None else bias(order[query], order[key], head))
 
-    out: Tensor = _flex(q.device.type)(q, k, v, score_mod=score_mod if bias else None, block_mask=block_mask)
-    return out
+    if order is not None:
+        q, k, v = (x.index_select(2, order) for x in (q, k, v))
+    out: Tensor = _flex(q.device.type)(q, k, v, score_mod=score_mod if bias else None, block_mask=plan.block_mask)
+    return out if plan.places is None else out.index_select(2, plan.places)
 
 
 # --- xformers: dense, or a window along the scan ----------------------------------------------------------------------

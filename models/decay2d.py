@@ -23,9 +23,8 @@ less unless told otherwise; the weight's two factors let each stand on its own s
               carried down, fading by λ_row^B a band; then spread over the columns by
               products within strips and scans between them.                                  O(d²·(1 + C/B)) a pixel
 
-Nothing is raised to a negative power, so nothing overflows.  There are n·(1/B + 1/C) states of d² numbers, more than
-the O(n·d) that is promised: where there are more than R = max(64, d) rows, the backward pass makes them anew, R rows at
-a time, between which one state a column is kept.  That is O(n·d), and for one stretch of R rows O(R·width·d²/B).
+Nothing is raised to a negative power, so nothing overflows.  There are n·(1/B + 1/C) states of d² numbers, which the
+backward pass wants to see again.
 
 Shapes: q, k, v (batch, heads, seq, head_dim) outside, (batch, heads, bands, B, strips, C, head_dim) inside.
 """
@@ -38,17 +37,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from . import geometry, reference
 from .gated import EPS, normalised
 from .mixer import Layer
 from .recurrence import Recurrent, widened
 from .registry import variant
-
-ROWS = 64
-"""As many rows' states, or head_dim rows' if that is more, are kept for the backward pass; it makes others anew."""
-
 
 @dataclass
 class Columns:
@@ -65,7 +59,7 @@ class Columns:
     "decay2d",
     family="linear",
     time="O(n·d²)",
-    memory="O(n·d)",
+    memory="O(n·d²/B)",
     summary="decay by the true 2D offset: λ_row^Δrow · λ_col^|Δcol|, raster-causal",
     reference="this project",
 )
@@ -89,7 +83,6 @@ class Decay2D(Recurrent):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of pixels, at least 1, not {value!r}")
         self.band, self.strip = evened(layer.scan.grid.height, band), evened(layer.scan.grid.width, strip)
-        self.stretch = -(-max(ROWS, layer.head_dim) // self.band)  # in bands
         head = torch.arange(layer.heads, dtype=torch.get_default_dtype())
         rates = (-torch.log1p(-(2.0 ** (-1 - head)))).log().repeat(2, 1)
         if learned:
@@ -115,26 +108,13 @@ class Decay2D(Recurrent):
     def _earlier(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Each pixel's sum over raster-earlier pixels, all (batch, heads, pixels, head_dim)."""
         grid = self.layer.scan.grid
-        tiled = (self._tiled(x.unflatten(2, (grid.height, grid.width))) for x in (q, k, v))
-        stretches = list(zip(*(x.split(self.stretch, dim=2) for x in tiled), strict=True))
-        state, out = None, []
-        for at, stretch in enumerate(stretches, 1):
-            given = (*stretch, state, at < len(stretches))
-            part, state = checkpoint(self._read, *given, use_reentrant=False) if stretches[1:] else self._read(*given)
-            out.append(part)
-        return torch.cat(out, dim=2).flatten(4, 5).flatten(2, 3)[:, :, : grid.height, : grid.width].flatten(2, 3)
-
-    def _read(
-        self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, followed: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """The sums of a stretch of bands, and the state below it if another follows.  state: of the rows above it."""
+        q, k, v = (self._tiled(x.unflatten(2, (grid.height, grid.width))) for x in (q, k, v))
         out = self._inside(q, k, v)
         if q.shape[4] > 1:
             out = out + self._sideways(q, k, v)
-        if state is None and not followed and q.shape[2] == 1:
-            return out, None
-        above, states = self._above(q, k, v, state, followed)
-        return out + above, states[:, :, -1].clone() if followed else None  # a view would keep all of them
+        if q.shape[2] > 1:
+            out = out + self._above(q, k, v)
+        return out.flatten(4, 5).flatten(2, 3)[:, :, : grid.height, : grid.width].flatten(2, 3)
 
     def _tiled(self, x: Tensor) -> Tensor:
         """(batch, heads, height, width, d) -> (batch, heads, bands, B, strips, C, d), filled up with zeros."""
@@ -169,20 +149,17 @@ class Decay2D(Recurrent):
         from_right = read((q * far)[:, :, :, :, :-1], right, weight.tril(-1))
         return F.pad(from_left, (0, 0, 0, 0, 1, 0)) + F.pad(from_right, (0, 0, 0, 0, 0, 1))
 
-    def _above(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, followed: bool) -> tuple[Tensor, Tensor]:
-        """What bands read of earlier ones, and the states, (batch, heads, bands, columns, d, d): above each but
-        the first of all bands, and below the last if it is followed."""
-        first, last = int(state is None), q.shape[2] - int(not followed)  # whom nothing is above, and nothing below
+    def _above(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What bands read of earlier ones, by a state above each but the first, (batch, heads, bands, columns, d, d)."""
         q, k, v = (
-            rearrange(x, "b h i r j c d -> b h i (j c) r d") for x in (q[:, :, first:], k[:, :, :last], v[:, :, :last])
+            rearrange(x, "b h i r j c d -> b h i (j c) r d") for x in (q[:, :, 1:], k[:, :, :-1], v[:, :, :-1])
         )
         row = torch.arange(self.band, device=q.device)
         near, far = (self.faded(0, x, q)[:, None, None, :, None] for x in (row, self.band - row))
         fade = self.faded(0, torch.tensor(self.band, device=q.device), q)[:, None, None, None]
-        added = (k * far).mT @ v
-        states = carried(added if state is None else torch.cat([state[:, :, None], added], dim=2), fade, dim=2)
-        out = (q * near) @ self._spread(states[:, :, : q.shape[2]])
-        return F.pad(rearrange(out, "b h i (j c) r d -> b h i r j c d", c=self.strip), (0, 0) * 4 + (first, 0)), states
+        states = carried((k * far).mT @ v, fade, dim=2)
+        out = rearrange((q * near) @ self._spread(states), "b h i (j c) r d -> b h i r j c d", c=self.strip)
+        return F.pad(out, (0, 0) * 4 + (1, 0))
 
     def _spread(self, columns: Tensor) -> Tensor:
         """Σ_c' λ_col^|c-c'| columns[c'] over whole strips: (batch, heads, bands, columns, d, d), both ways."""

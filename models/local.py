@@ -54,9 +54,10 @@ class Local2D(ExactMixer):
     """A target sees the start token and 2R² + 2R pixels (fewer at the borders): r - r' ≤ R, |c - c'| ≤ R, earlier.
 
     "compiled": a C++ kernel for CPU, float32 or float64, along the raster, with a bias by (Δrow, Δcol) or none.
+    "triton": a kernel for CUDA, float32 or narrower, along the raster, without a bias.
     """
 
-    backends = ("compiled", "blocked", "flex", "natten", "math")
+    backends = ("compiled", "triton", "blocked", "flex", "natten", "math")
 
     def __init__(self, layer: Layer, *, radius: int = 3) -> None:
         self.radius = positive("radius", radius)  # before the base asks whether a backend can serve it
@@ -72,13 +73,16 @@ class Local2D(ExactMixer):
         if backend == "natten":
             return backends.natten_reasons(self.layer.scan, self.radius, self.layer.biased)
         reasons = super().refusals(backend)
-        if backend != "compiled":
+        if backend not in ("compiled", "triton"):
             return reasons
         scan = self.layer.scan
         if not scan.causal:
             reasons.append(f"serves objective 'ar' only, not {scan.objective!r}")
         if scan.order != "raster":
             reasons.append(f"reads along the raster only, not {scan.order!r}")
+        if backend == "triton":
+            biased = ["adds no bias to the scores"] if self.layer.biased else []
+            return reasons + biased + kernels.window.reasons(self.layer.head_dim)
         if self.layer.biased and not self.layer.by_offset:
             reasons.append("adds a bias to the scores by (Δrow, Δcol) only")
         return reasons + [reason for reason in [kernels.missing("local2d")] if reason]
@@ -86,9 +90,11 @@ class Local2D(ExactMixer):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> Tensor:
         if self.backend == "natten":
             return backends.natten(q, k, v, self.layer.scan, self.radius)
+        window = self.layer.scan.grid.height, self.layer.scan.grid.width, self.radius
         if not kernels.serves(self, q, k, v):
             return super().forward(q, k, v, bias)
-        window = self.layer.scan.grid.height, self.layer.scan.grid.width, self.radius
+        if self.backend == "triton":
+            return kernels.window.attend(q, k, v, *window)
         return kernels.local2d(q, k, v, *window, None if bias is None else bias(*kernels.offsets(*window)))
 
 

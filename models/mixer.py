@@ -169,7 +169,7 @@ class ExactMixer(Mixer):
         self._last_use: Tensor | None = None
         self._places: tuple[list[int], int] = [], 0
         self._seen: tuple[int, list[Tensor], list[Tensor]] | None = None
-        self._flex_mask: Any = None
+        self._flex_plan: backends.FlexPlan | None = None
 
     def refusals(self, backend: str) -> list[str]:
         reasons = super().refusals(backend)
@@ -186,6 +186,20 @@ class ExactMixer(Mixer):
         slots = torch.arange(self.layer.size)[None]
         return Tiles(slots, slots)
 
+    def block_order(self) -> Tensor | None:
+        """int64 (n,): all slots, tile by tile, if so fewer blocks of FlexAttention's hold a visible pair; else none."""
+        if type(self).tiles is ExactMixer.tiles:
+            return None
+        queries, keys, mask = self._tables(torch.device("cpu"))
+        by_tile = queries[queries >= 0]
+
+        def blocks(order: Tensor) -> int:
+            block = torch.argsort(order) // backends.FLEX_BLOCK
+            pairs = block[queries][:, :, None] * len(order) + block[keys][:, None, :]
+            return len(pairs[mask].unique())
+
+        return by_tile if blocks(by_tile) < blocks(torch.arange(self.layer.size)) else None
+
     def last_use(self) -> Tensor:
         """int64 (n,): the last slot that may see each slot; decoding forgets a slot after it."""
         queries, keys, mask = self._tables(torch.device("cpu"))
@@ -196,9 +210,9 @@ class ExactMixer(Mixer):
         if self.backend == "math":
             return self.oracle(q, k, v, bias)
         if self.backend == "flex":
-            if self._flex_mask is None or self._flex_mask.kv_num_blocks.device != q.device:
-                self._flex_mask = backends.flex_mask(self.visible(), q.shape[2], q.device)
-            return backends.flex(q, k, v, self._flex_mask, bias)
+            if self._flex_plan is None or self._flex_plan.block_mask.kv_num_blocks.device != q.device:
+                self._flex_plan = backends.flex_plan(self.visible(), q.shape[2], q.device, self.block_order())
+            return backends.flex(q, k, v, self._flex_plan, bias)
         return self._blocked(q, k, v, bias)
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> Tensor:

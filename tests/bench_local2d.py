@@ -36,7 +36,7 @@ def test_dense(benchmark: Any, phase: str, side: int) -> None:
 def test_compiled_flex_attention_at_the_same_window(benchmark: Any) -> None:
     """Forward alone: on CPU it has no backward pass.  Compiled here, because backends.flex is not, on a CPU."""
     scan, compiled = Scan(Grid(64, 64)), torch.compile(flex_attention)
-    mask = backends.flex_mask(window2d(scan, RADIUS), 64 * 64, torch.device("cpu"))
+    mask = backends.flex_plan(window2d(scan, RADIUS), 64 * 64, torch.device("cpu")).block_mask
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor = compiled(q, k, v, block_mask=mask)

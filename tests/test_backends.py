@@ -48,8 +48,35 @@ def test_flex_equals_the_oracle(name: str, objective: str) -> None:
 def test_flex_follows_every_scan(order: str) -> None:
     visible = geometry.window2d(Scan(Grid(4, 5), order=order), 1)
     q, k, v = qkv(20)
-    out = backends.flex(q, k, v, backends.flex_mask(visible, 20, q.device))
+    out = backends.flex(q, k, v, backends.flex_plan(visible, 20, q.device))
     assert_close(out, softmax_attention(q, k, v, matrix(visible, 20)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_flex_stands_slots_in_any_order(biased: bool) -> None:
+    visible, order = geometry.window2d(Scan(Grid(4, 5)), 1), torch.randperm(20)
+    table = torch.randn(2, 20, 20, dtype=torch.float64)
+
+    def bias(query: Tensor, key: Tensor, head: Tensor) -> Tensor:
+        return table[head, query, key]
+
+    q, k, v = qkv(20)
+    plan = backends.flex_plan(visible, 20, q.device, order)
+    out = backends.flex(q, k, v, plan, bias if biased else None)
+    want = softmax_attention(q, k, v, matrix(visible, 20), table if biased else None)
+    assert_close(out, want, rtol=1e-12, atol=1e-12)
+
+
+def test_columns_stand_together_for_flex() -> None:
+    """Of axial's columns at 64 × 64, two fill a block; along the raster every block would hold a bit of each."""
+    model: Any = models.build("axial", height=64, width=64, vocab=2, dim=32, heads=2, depth=2, backend="blocked")
+    rows, columns = model.mixers
+    order = columns.block_order()
+    assert rows.block_order() is None
+    assert order is not None and order.sort().values.equal(torch.arange(4096))
+    plans = [backends.flex_plan(columns.visible(), 4096, torch.device("cpu"), o) for o in (order, None)]
+    together, apart = (int(plan.block_mask.kv_num_blocks.sum()) for plan in plans)
+    assert together < apart / 2
 
 
 @pytest.mark.parametrize("name", [name for name, cls in POSITIONS.items() if cls.needs == "bias"])
@@ -135,8 +162,8 @@ def test_a_library_is_not_imported_unasked() -> None:
 
 def test_a_layer_with_flex_makes_its_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    make = backends.flex_mask
-    monkeypatch.setattr(backends, "flex_mask", lambda *given: made.append(1) or make(*given))  # type: ignore[func-returns-value]
+    make = backends.flex_plan
+    monkeypatch.setattr(backends, "flex_plan", lambda *given: made.append(1) or make(*given))  # type: ignore[func-returns-value]
     mixer = build("local1d", backend="flex").mixers[0]
     with torch.no_grad():
         mixer(*qkv(15))

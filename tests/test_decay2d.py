@@ -55,24 +55,6 @@ def test_every_tiling_equals_the_oracle(objective: str, height: int, width: int,
                  rtol=1e-10, atol=1e-10)  # fmt: skip
 
 
-@pytest.mark.parametrize("objective", ["ar", "bert"])
-@pytest.mark.parametrize(("height", "band"), [(1, 1), (17, 2), (17, 5), (21, 5)])
-def test_what_the_backward_pass_makes_anew_changes_nothing(
-    objective: str, height: int, band: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stretches of 5 or 6 rows, the last one whole or of a single band."""
-    monkeypatch.setattr(decay2d, "ROWS", 5)
-    mixer = make(height, 5, objective, band=band)
-    assert mixer.stretch * mixer.band < height or height == 1
-    given = [x.requires_grad_() for x in draw(mixer)]
-    leaves = [*given, *mixer.parameters()]
-    fast, slow = mixer(*given), mixer.oracle(*given)
-    assert_close(fast, slow, rtol=1e-12, atol=1e-12)
-    upstream = torch.randn_like(fast)
-    assert_close(torch.autograd.grad(fast, leaves, upstream), torch.autograd.grad(slow, leaves, upstream),
-                 rtol=1e-10, atol=1e-10)  # fmt: skip
-
-
 @pytest.mark.parametrize(("height", "width"), SHAPES)
 def test_decoding_keeps_a_state_for_every_column_and_equals_the_oracle(height: int, width: int) -> None:
     mixer = make(height, width)

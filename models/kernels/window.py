@@ -1,0 +1,125 @@
+"""Local 2D attention on CUDA (window_kernels.py) as a torch operator: eager, under autograd and under torch.compile.
+
+Shapes: q, k, v, out (batch, heads, seq, head_dim), seq = height · width; mass (batch, heads, seq) float32: the
+logarithm of the sum of a query's weights, from which the backward pass computes them again.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import layout
+
+TALL, WIDE = 4, 16
+"""Rows and columns of a patch."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def reasons(head_dim: int) -> list[str]:
+    """Why the kernel cannot serve heads of this width here; empty if it can."""
+    missing = [] if find_spec("triton") else ["triton is not installed: pip install 'attnbench[gpu]'"]
+    if not torch.cuda.is_available():
+        missing.append("its kernel is for CUDA, and no CUDA device is here")
+    return missing + ([f"takes heads of at most 128 channels, not {head_dim}"] if head_dim > 128 else [])
+
+
+def unfit(*tensors: Tensor) -> str | None:
+    """Why the kernel cannot take these tensors, or None if it can."""
+    for tensor in tensors:
+        if tensor.device.type != "cuda":
+            return f"is for CUDA, not {tensor.device.type}"
+        if tensor.dtype not in DTYPES:
+            return f"sums in float32, not {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, radius: int) -> Tensor:
+    """Softmax attention over the start token and the raster-earlier pixels within `radius` (geometry.window2d, "ar").
+
+    float32, bfloat16 or float16, summed in float32.  The result lies in memory as (batch, seq, heads, head_dim).
+    """
+    return _Window.apply(q, k, v, height, width, radius)
+
+
+def _grid(q: Tensor, height: int, width: int) -> tuple[int, int]:
+    """Patches, and heads of all images."""
+    return -(-height // TALL) * -(-width // WIDE), q.shape[0] * q.shape[1]
+
+
+@cache
+def _settings(dim: int, heads: int, radius: int, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "HEADS": heads, "RADIUS": radius, "TALL": TALL, "WIDE": WIDE,
+        "dim": dim, "DIM": max(16, 1 << (dim - 1).bit_length()),
+        "REACH": max(16, 1 << (WIDE + 2 * radius - 1).bit_length()),
+        "EXACT": "ieee" if dtype == torch.float32 else "tf32",
+    }  # fmt: skip
+
+
+def _steps(*tensors: Tensor) -> list[int]:
+    return [step for x in tensors for step in x.stride()[:3]]
+
+
+@torch.library.custom_op("attnbench::window", mutates_args=(), device_types=("cuda", "cpu"))
+def _forward(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, radius: int) -> tuple[Tensor, Tensor]:
+    q, k, v = layout.dense(q), layout.dense(k), layout.dense(v)
+    from .window_kernels import attend as kernel  # triton is loaded where it is used
+
+    out, mass = _shapes(q, k, v, height, width, radius)
+    told = _settings(q.shape[3], q.shape[1], radius, q.dtype)
+    kernel[_grid(q, height, width)](
+        q, k, v, out, mass, *_steps(q, k, v, out), height, width, q.shape[3] ** -0.5, **told
+    )
+    return out, mass
+
+
+@_forward.register_fake
+def _shapes(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, radius: int) -> tuple[Tensor, Tensor]:
+    return layout.like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("attnbench::window_backward", mutates_args=(), device_types=("cuda", "cpu"))
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mass: Tensor, height: int, width: int, radius: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    from . import window_kernels
+
+    grad, q, k, v = (layout.dense(x) for x in (grad, q, k, v))
+    dq, dk, dv = layout.like(q), layout.like(k), layout.like(v)
+    agreement, grid = torch.empty_like(mass), _grid(q, height, width)
+    start_dk, start_dv = mass.new_empty(2, grid[1], grid[0], q.shape[3])
+    told = height, width, q.shape[3] ** -0.5
+    settings = _settings(q.shape[3], q.shape[1], radius, q.dtype)
+    window_kernels.queries[grid](
+        q, k, v, out, grad, mass, dq, agreement, start_dk, start_dv, *_steps(q, k, v, out, grad, dq), *told, **settings
+    )
+    window_kernels.keys[grid](q, k, v, grad, mass, agreement, dk, dv, *_steps(q, k, v, grad, dk, dv), *told, **settings)
+    dk[:, :, 0], dv[:, :, 0] = (part.sum(1).view_as(dk[:, :, 0]) for part in (start_dk, start_dv))
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mass: Tensor, height: int, width: int, radius: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return layout.like(q), layout.like(k), layout.like(v)
+
+
+class _Window(torch.autograd.Function):
+    """Ties the two operators together, with a little less overhead a call than a registered autograd formula."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, height: int, width: int, radius: int) -> Tensor:
+        out, mass = _forward(q, k, v, height, width, radius)
+        ctx.save_for_backward(q, k, v, out, mass)
+        ctx.grid = height, width, radius
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_backward(grad, *ctx.saved_tensors, *ctx.grid), None, None, None)

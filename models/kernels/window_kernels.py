@@ -1,0 +1,170 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Local 2D attention for CUDA, in Triton: forward, the queries' gradients, the keys' and values'.
+
+A program serves a patch of TALL × WIDE pixels of a head and goes through the rows of pixels around it, WIDE and a halo
+of RADIUS on both sides at a time: products for the matrix units, of which about a tenth is visible; the rest costs less
+than gathering would.  Nothing is laid out: keys and values are read where the projection wrote them, a slot after the
+pixel's own.  Sums and weights are float32.
+
+A launch's arguments: tensors (batch, heads, seq, dim), then of each the steps from image to image, head to head, slot
+to slot; mass and agreement float32 (batch, heads, seq); start_dk, start_dv float32 (batch · heads, patches, dim).
+DIM: dim, filled up; REACH: the columns read at a time, filled up; EXACT: the precision of products.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _place(HEADS: tl.constexpr, width, TALL: tl.constexpr, WIDE: tl.constexpr):
+    """Image, head, and the first row and column of this program's patch."""
+    across = tl.cdiv(width, WIDE)
+    patch, head = tl.program_id(0), tl.program_id(1)
+    return (head // HEADS).to(tl.int64), head % HEADS, patch // across * TALL, patch % across * WIDE
+
+
+@triton.jit
+def _rows(x, image, head, slot, seen, s_image, s_head, s_slot, dim: tl.constexpr, DIM: tl.constexpr):
+    """(slots, DIM): what stands at these slots, zeros where not `seen` and beyond the head's channels."""
+    channel = tl.arange(0, DIM)
+    at = x + image * s_image + head * s_head + slot[:, None] * s_slot + channel[None, :]
+    return tl.load(at, mask=seen[:, None] & (channel < dim)[None, :], other=0.0)
+
+
+@triton.jit
+def _put(x, value, image, head, slot, seen, s_image, s_head, s_slot, dim: tl.constexpr, DIM: tl.constexpr):
+    channel = tl.arange(0, DIM)
+    at = x + image * s_image + head * s_head + slot[:, None] * s_slot + channel[None, :]
+    tl.store(at, value.to(x.dtype.element_ty), mask=seen[:, None] & (channel < dim)[None, :])
+
+
+@triton.jit
+def _near(row, col, key_row, key_col, radius: tl.constexpr):
+    """Whether the pixel at (key_row, key_col) is earlier than (row, col) and in its window."""
+    down, right = row - key_row, key_col - col
+    earlier = (down > 0) | ((down == 0) & (right < 0))
+    return earlier & (down <= radius) & (right <= radius) & (right >= -radius)
+
+
+@triton.jit
+def attend(
+    q, k, v, out, mass, qi, qh, qs, ki, kh, ks, vi, vh, vs, oi, oh, os,
+    height, width, scale, HEADS: tl.constexpr, RADIUS: tl.constexpr, dim: tl.constexpr, DIM: tl.constexpr,
+    TALL: tl.constexpr, WIDE: tl.constexpr, REACH: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    image, head, top, left = _place(HEADS, width, TALL, WIDE)
+    index = tl.arange(0, TALL * WIDE)
+    row, col = top + index // WIDE, left + index % WIDE
+    slot, inside = row * width + col, (row < height) & (col < width)
+    query = _rows(q, image, head, slot, inside, qi, qh, qs, dim, DIM)
+    channel = tl.arange(0, DIM)
+    start_k = tl.load(k + image * ki + head * kh + channel, mask=channel < dim, other=0.0).to(tl.float32)
+    start_v = tl.load(v + image * vi + head * vh + channel, mask=channel < dim, other=0.0).to(tl.float32)
+    best = tl.sum(query.to(tl.float32) * start_k[None, :], 1) * scale
+    total = tl.full((TALL * WIDE,), 1.0, tl.float32)
+    sums = tl.zeros((TALL * WIDE, DIM), tl.float32) + start_v[None, :]
+    key_col = left - RADIUS + tl.arange(0, REACH)
+    in_row = (key_col >= 0) & (key_col < width)
+    for step in range(TALL + RADIUS):
+        key_row = top - RADIUS + step
+        pixel = key_row * width + key_col
+        held = in_row & (pixel >= 0) & (pixel + 1 < height * width)
+        key = _rows(k, image, head, pixel + 1, held, ki, kh, ks, dim, DIM)
+        value = _rows(v, image, head, pixel + 1, held, vi, vh, vs, dim, DIM)
+        scores = tl.dot(query, tl.trans(key), input_precision=EXACT) * scale
+        seen = _near(row[:, None], col[:, None], key_row, key_col[None, :], RADIUS) & held[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
+        more = tl.maximum(best, tl.max(scores, 1))
+        weights, fade = tl.exp(scores - more[:, None]), tl.exp(best - more)
+        total = total * fade + tl.sum(weights, 1)
+        sums = sums * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=EXACT)
+        best = more
+    _put(out, sums / total[:, None], image, head, slot, inside, oi, oh, os, dim, DIM)
+    tl.store(mass + (image * HEADS + head) * height * width + slot, best + tl.log(total), mask=inside)
+
+
+@triton.jit
+def queries(
+    q, k, v, out, grad, mass, dq, agreement, start_dk, start_dv,
+    qi, qh, qs, ki, kh, ks, vi, vh, vs, oi, oh, os, gi, gh, gs, di, dh, ds,
+    height, width, scale, HEADS: tl.constexpr, RADIUS: tl.constexpr, dim: tl.constexpr, DIM: tl.constexpr,
+    TALL: tl.constexpr, WIDE: tl.constexpr, REACH: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Of a patch: its queries' gradients, grad·out of each, and its part of the start token's gradients."""
+    image, head, top, left = _place(HEADS, width, TALL, WIDE)
+    index = tl.arange(0, TALL * WIDE)
+    row, col = top + index // WIDE, left + index % WIDE
+    slot, inside = row * width + col, (row < height) & (col < width)
+    query = _rows(q, image, head, slot, inside, qi, qh, qs, dim, DIM)
+    given = _rows(grad, image, head, slot, inside, gi, gh, gs, dim, DIM)
+    made = _rows(out, image, head, slot, inside, oi, oh, os, dim, DIM)
+    number = (image * HEADS + head) * height * width + slot
+    known = tl.load(mass + number, mask=inside, other=0.0)
+    wide_given = given.to(tl.float32)
+    agree = tl.sum(wide_given * made.to(tl.float32), 1)
+    tl.store(agreement + number, agree, mask=inside)
+    channel = tl.arange(0, DIM)
+    start_k = tl.load(k + image * ki + head * kh + channel, mask=channel < dim, other=0.0).to(tl.float32)
+    start_v = tl.load(v + image * vi + head * vh + channel, mask=channel < dim, other=0.0).to(tl.float32)
+    wide_query = query.to(tl.float32)
+    weight = tl.exp(tl.sum(wide_query * start_k[None, :], 1) * scale - known)
+    weight = tl.where(inside, weight, 0.0)
+    slope = weight * (tl.sum(wide_given * start_v[None, :], 1) - agree) * scale
+    part = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * dim + channel
+    tl.store(start_dk + part, tl.sum(slope[:, None] * wide_query, 0), mask=channel < dim)
+    tl.store(start_dv + part, tl.sum(weight[:, None] * wide_given, 0), mask=channel < dim)
+    sums = slope[:, None] * start_k[None, :]
+    key_col = left - RADIUS + tl.arange(0, REACH)
+    in_row = (key_col >= 0) & (key_col < width)
+    for step in range(TALL + RADIUS):
+        key_row = top - RADIUS + step
+        pixel = key_row * width + key_col
+        held = in_row & (pixel >= 0) & (pixel + 1 < height * width)
+        key = _rows(k, image, head, pixel + 1, held, ki, kh, ks, dim, DIM)
+        value = _rows(v, image, head, pixel + 1, held, vi, vh, vs, dim, DIM)
+        scores = tl.dot(query, tl.trans(key), input_precision=EXACT) * scale
+        seen = _near(row[:, None], col[:, None], key_row, key_col[None, :], RADIUS) & held[None, :]
+        weights = tl.exp(tl.where(seen, scores - known[:, None], float("-inf")))
+        slopes = weights * (tl.dot(given, tl.trans(value), input_precision=EXACT) - agree[:, None]) * scale
+        sums += tl.dot(slopes.to(key.dtype), key, input_precision=EXACT)
+    _put(dq, sums, image, head, slot, inside, di, dh, ds, dim, DIM)
+
+
+@triton.jit
+def keys(
+    q, k, v, grad, mass, agreement, dk, dv,
+    qi, qh, qs, ki, kh, ks, vi, vh, vs, gi, gh, gs, ei, eh, es, fi, fh, fs,
+    height, width, scale, HEADS: tl.constexpr, RADIUS: tl.constexpr, dim: tl.constexpr, DIM: tl.constexpr,
+    TALL: tl.constexpr, WIDE: tl.constexpr, REACH: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the keys and values that hold a patch's pixels."""
+    image, head, top, left = _place(HEADS, width, TALL, WIDE)
+    index = tl.arange(0, TALL * WIDE)
+    key_row, key_col = top + index // WIDE, left + index % WIDE
+    holder = key_row * width + key_col + 1
+    held = (key_row < height) & (key_col < width) & (holder < height * width)
+    key = _rows(k, image, head, holder, held, ki, kh, ks, dim, DIM)
+    value = _rows(v, image, head, holder, held, vi, vh, vs, dim, DIM)
+    sums_k, sums_v = tl.zeros((TALL * WIDE, DIM), tl.float32), tl.zeros((TALL * WIDE, DIM), tl.float32)
+    col = left - RADIUS + tl.arange(0, REACH)
+    in_row = (col >= 0) & (col < width)
+    for step in range(TALL + RADIUS):
+        row = top + step
+        slot = row * width + col
+        inside = in_row & (slot < height * width)
+        query = _rows(q, image, head, slot, inside, qi, qh, qs, dim, DIM)
+        given = _rows(grad, image, head, slot, inside, gi, gh, gs, dim, DIM)
+        number = (image * HEADS + head) * height * width + slot
+        known = tl.load(mass + number, mask=inside, other=0.0)
+        agree = tl.load(agreement + number, mask=inside, other=0.0)
+        scores = tl.dot(key, tl.trans(query), input_precision=EXACT) * scale  # (keys, queries)
+        seen = _near(row, col[None, :], key_row[:, None], key_col[:, None], RADIUS)
+        seen = seen & held[:, None] & inside[None, :]
+        weights = tl.exp(tl.where(seen, scores - known[None, :], float("-inf")))
+        sums_v += tl.dot(weights.to(given.dtype), given, input_precision=EXACT)
+        slopes = weights * (tl.dot(value, tl.trans(given), input_precision=EXACT) - agree[None, :]) * scale
+        sums_k += tl.dot(slopes.to(query.dtype), query, input_precision=EXACT)
+    _put(dk, sums_k, image, head, holder, held, ei, eh, es, dim, DIM)
+    _put(dv, sums_v, image, head, holder, held, fi, fh, fs, dim, DIM)
