@@ -1,6 +1,7 @@
-"""Tables of what was done with trained models afterwards: cut (surgery), moved to another side (transfer), looked into.
+"""Tables of what lies beside the runs, in folders of its own: cost cells, and what was done with trained models.
 
-These lie beside the runs, in folders of their own, so that nothing takes a cut model for one that was trained that way.
+Those were cut (surgery), moved to another side (transfer) or looked into; nothing must take a cut model for one that
+was trained that way.
 """
 
 from __future__ import annotations
@@ -11,8 +12,39 @@ from typing import Any
 
 import pandas as pd
 
-from attnbench import record
+from attnbench import cost, record
+from attnbench.exponents import crossover, exponent
 from attnbench.frame import number, part
+
+
+def costs(results: Path) -> pd.DataFrame:
+    """C1, C5: how each cost grows with the number of tokens, and the side from which it is below the baseline's.
+
+    Of cells measured by turns with the baseline: the ratio is at the largest side that both reached. Cells of different
+    machines are kept apart.
+    """
+    known = [done for done in record.read_all(results, cost.ROOM)[0] if done.get("status") == "ok"]
+    machines: dict[str, list[dict[str, Any]]] = {}
+    for done in known:
+        where = part(done, "environment")
+        machines.setdefault(str(where.get("gpu") or where.get("cpu") or "unknown"), []).append(done)
+    rows = []
+    for machine, cells in machines.items():
+        for (label, scope, what), points in cost.series(cells).items():
+            points = sorted(points, key=lambda point: float(point["tokens"]))
+            fit = exponent([p["tokens"] for p in points], [p["cost"] for p in points])
+            ratios = [p["ratio"] for p in points if p["ratio"]]
+            rows.append({
+                "setting": label, "scope": scope, "cost": what, "sides": _span([p["side"] for p in points]),
+                "exponent": fit and fit.value, "exponent_low": fit and fit.low, "exponent_high": fit and fit.high,
+                "ratio_to_baseline": ratios[-1].median if ratios else None,
+                "cheaper_from_side": crossover(ratios).text() if ratios else None, "machine": machine,
+            })  # fmt: skip
+    return _sorted(rows, ["machine", "scope", "cost", "setting"])
+
+
+def _span(sides: list[int]) -> str:
+    return str(sides[0]) if len(sides) == 1 else f"{sides[0]}–{sides[-1]}"
 
 
 def surgery(results: Path) -> pd.DataFrame:

@@ -40,6 +40,14 @@ ENTRIES: tuple[Entry, ...] = (
         tables.exponents,
         "runs at several sides with memory and throughput measured",
     ),
+    Entry(
+        "costs",
+        "C1",
+        "How the cost of attention and of a training step grows, cell by cell",
+        afterwards.costs,
+        "python -m attnbench.cost",
+        True,
+    ),
     Entry("cnns", "C1", "CNNs beside the trunk", tables.cnns, "runs of the CNNs"),
     Entry("scans", "C2", "Likelihood by scan order", tables.scans, "runs at several --scan"),
     Entry(

@@ -28,10 +28,10 @@ from attnbench.measure import Request
 PERIODS = (1, 2, 3, 4, 5, 6, 8)
 """After so many layers the kinds of layer may repeat."""
 
-OPERATIONS = 1_500
+OPERATIONS = 5_000
 """A step of more for each layer is not traced at full height."""
 
-STRAIGHT = 0.01
+STRAIGHT = 0.001
 """So much of the peak may the third of three heights lie beside the line through the others."""
 
 LONG = 2**13

@@ -127,10 +127,10 @@ def find(
     return record if status is None or record.get("status") == status else None
 
 
-def read_all(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Every sound record of folder/runs in the order of their ids, and a line for every damaged one."""
+def read_all(folder: Path, room: str = "runs") -> tuple[list[dict[str, Any]], list[str]]:
+    """Every sound record of folder/<room> in the order of their ids, and a line for every damaged one."""
     records, problems = [], []
-    for path in sorted((folder / "runs").glob("*.json")):
+    for path in sorted((folder / room).glob("*.json")):
         if path.name.startswith("."):
             continue
         try:

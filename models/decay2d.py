@@ -41,8 +41,9 @@ from torch import Tensor, nn
 from . import geometry, reference
 from .gated import EPS, normalised
 from .mixer import Layer
-from .recurrence import Recurrent, widened
+from .recurrence import Recurrent, carried, widened
 from .registry import variant
+
 
 @dataclass
 class Columns:
@@ -133,7 +134,7 @@ class Decay2D(Recurrent):
     def _sideways(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         across = torch.arange(self.strip, device=q.device)
         near, far = (self.faded(1, x, q)[:, None, None, None, :, None] for x in (across, self.strip - across))
-        fade = self.faded(1, torch.tensor(self.strip, device=q.device), q)[:, None, None, None, None]
+        fade = self.faded(1, torch.tensor([self.strip], device=q.device), q)[..., None, None, None, None]
         down = torch.arange(self.band, device=q.device)
         down = down[:, None] - down[None, :]
         weight = self.faded(0, down.clamp(min=0), q)[:, None]
@@ -150,13 +151,11 @@ class Decay2D(Recurrent):
         return F.pad(from_left, (0, 0, 0, 0, 1, 0)) + F.pad(from_right, (0, 0, 0, 0, 0, 1))
 
     def _above(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What bands read of earlier ones, by a state above each but the first, (batch, heads, bands, columns, d, d)."""
-        q, k, v = (
-            rearrange(x, "b h i r j c d -> b h i (j c) r d") for x in (q[:, :, 1:], k[:, :, :-1], v[:, :, :-1])
-        )
+        """What bands read of earlier ones: by states above all but the first, (batch, heads, bands, columns, d, d)."""
+        q, k, v = (rearrange(x, "b h i r j c d -> b h i (j c) r d") for x in (q[:, :, 1:], k[:, :, :-1], v[:, :, :-1]))
         row = torch.arange(self.band, device=q.device)
         near, far = (self.faded(0, x, q)[:, None, None, :, None] for x in (row, self.band - row))
-        fade = self.faded(0, torch.tensor(self.band, device=q.device), q)[:, None, None, None]
+        fade = self.faded(0, torch.tensor([self.band], device=q.device), q)[..., None, None, None]
         states = carried((k * far).mT @ v, fade, dim=2)
         out = rearrange((q * near) @ self._spread(states), "b h i (j c) r d -> b h i r j c d", c=self.strip)
         return F.pad(out, (0, 0) * 4 + (1, 0))
@@ -167,7 +166,7 @@ class Decay2D(Recurrent):
         col = torch.arange(self.strip, device=x.device)
         out = self.faded(1, (col[:, None] - col[None, :]).abs(), x)[:, None, None] @ x
         if x.shape[3] > 1:
-            fade = self.faded(1, torch.tensor(self.strip, device=x.device), x)[:, None, None]
+            fade = self.faded(1, torch.tensor([self.strip], device=x.device), x)[..., None, None]
             # What a strip's border pixels read of their own strip is all that the next strip needs of it.
             left = carried(out[:, :, :, :-1, -1], fade, dim=3)[..., None, :]
             right = carried(out[:, :, :, 1:, 0], fade, dim=3, backward=True)[..., None, :]
@@ -223,15 +222,6 @@ class Decay2D(Recurrent):
         start = 4 * self.layer.size * d
         sums = inside + sideways + above
         return self.layer.heads * (sums + start if self.layer.scan.causal else 2 * sums)
-
-
-def carried(added: Tensor, kept: Tensor, dim: int, backward: bool = False) -> Tensor:
-    """S_i = kept ∘ S_{i-1} + added_i along a dimension, or from its end."""
-    pieces = list(added.unbind(dim))
-    states = [pieces.pop() if backward else pieces.pop(0)]
-    while pieces:
-        states.append(torch.addcmul(pieces.pop() if backward else pieces.pop(0), kept, states[-1]))
-    return torch.stack(states[::-1] if backward else states, dim=dim)
 
 
 def evened(side: int, most: int) -> int:

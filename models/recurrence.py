@@ -11,11 +11,13 @@ cut into chunks: (batch, heads, chunks, chunk, …).
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .mixer import Layer, Mixer
 
@@ -80,13 +82,70 @@ def cut(x: Tensor, chunk: int) -> Tensor:
     return F.pad(x, (0, 0, 0, -x.shape[2] % chunk)).unflatten(2, (-1, chunk))
 
 
-def carried(added: Tensor, kept: Tensor) -> Tensor:
-    """The state at the start of each chunk: S₀ = 0, S_{c+1} = kept_c ∘ S_c + added_c; all (batch, heads, chunks, …)."""
-    state, states = torch.zeros_like(added[:, :, 0]), []
-    for add, keep in zip(added.unbind(2), kept.expand_as(added).unbind(2), strict=True):
-        states.append(state)
-        state = torch.addcmul(add, keep, state)
-    return torch.stack(states, dim=2)
+def carried(added: Tensor, kept: Tensor, dim: int = 2, backward: bool = False, matrices: bool = False) -> Tensor:
+    """S_i = kept_i ∘ S_{i-1} + added_i along a dimension, or from its end.
+
+    kept broadcasts against added, and may be one for all along `dim`.  matrices: S_i = kept_i S_{i-1} + added_i, the
+    last two dimensions of kept square, those before `dim` as added's, and `dim` the third last.
+    """
+    out: Tensor = _Walk.apply(added, kept, dim, backward, matrices)
+    return out
+
+
+class _Walk(torch.autograd.Function):
+    """An operation a place and one more backward; autograd's own would be six, and keep every state twice."""
+
+    @staticmethod
+    def forward(ctx: Any, added: Tensor, kept: Tensor, dim: int, backward: bool, matrices: bool) -> Tensor:
+        states = added.clone()
+        _walk(states, kept, dim, backward, matrices)
+        ctx.save_for_backward(kept, states if ctx.needs_input_grad[1] else None)
+        ctx.settings = dim, backward, matrices
+        return states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (kept, states), (dim, backward, matrices) = ctx.saved_tensors, ctx.settings
+        grads = grad.clone()
+        # What place i leaves to the next, that one gets back: with its own factor, the other way round.
+        shift, turned = 1 if backward else -1, kept.mT if matrices else kept
+        _walk(grads, turned if kept.shape[dim] == 1 else turned.roll(shift, dim), dim, not backward, matrices)
+        if states is None:
+            return grads, None, None, None, None
+        size = grads.shape[dim]
+        later, earlier = grads.narrow(dim, 0 if backward else 1, size - 1), states.narrow(dim, int(backward), size - 1)
+        slopes = later @ earlier.mT if matrices else later * earlier
+        if kept.shape[dim] > 1:  # the first place's factor has nothing to act on
+            around = [0, 0] * (slopes.dim() - dim)
+            around[-1 if backward else -2] = 1
+            slopes = F.pad(slopes, around)
+        return grads, slopes.sum_to_size(kept.shape), None, None, None
+
+
+def _walk(states: Tensor, kept: Tensor, dim: int, backward: bool, matrices: bool) -> None:
+    """The recurrence, in place."""
+    kept = kept.expand(*(states.shape[dim] if place == dim else size for place, size in enumerate(kept.shape)))
+    if matrices:  # in one dimension of batches a product is one operation
+        states, kept, dim = states.flatten(0, dim - 1), kept.flatten(0, dim - 1), 1
+    places = list(zip(states.unbind(dim), kept.unbind(dim), strict=True))
+    if backward:
+        places.reverse()
+    for (before, _), (state, keep) in pairwise(places):
+        if matrices:
+            state.add_(torch.bmm(keep, before))
+        else:
+            state.addcmul_(keep, before)
+
+
+def but_last(*chunked: Tensor) -> list[Tensor]:
+    """All chunks but the last, whose state nobody reads; what is one for all chunks stays."""
+    return [x if x.shape[2] == 1 else x[:, :, :-1] for x in chunked]
+
+
+def but_first(q: Tensor, before: Tensor) -> Tensor:
+    """q times the state that each chunk but the first starts with; zeros for the first."""
+    return F.pad(q[:, :, 1:] @ before, (0, 0, 0, 0, 1, 0))
 
 
 def summed(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
@@ -98,8 +157,9 @@ def summed(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
     q, k, v = (cut(x, chunk) for x in (q, k, v))
     out = (q @ k.mT).tril() @ v
     if q.shape[2] > 1:
+        k, v = but_last(k, v)
         before = (k.mT @ v).cumsum(dim=2)
-        out = out + q @ F.pad(before, (0, 0, 0, 0, 1, -1))  # the sum over the chunks before
+        out = out + but_first(q, before)
     return out.flatten(2, 3)[:, :, :size]
 
 
@@ -129,8 +189,9 @@ def decayed(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int) -> T
     out = (q @ k.mT * weight) @ v
     if q.shape[2] > 1:
         entering = log_decay.cumsum(dim=-1).exp()
-        before = carried((k * weight[..., -1, :, None]).mT @ v, entering[..., -1:, None])
-        out = out + (q * entering[..., None]) @ before
+        k, v, kept = but_last(k * weight[..., -1, :, None], v, entering[..., -1:, None])
+        before = carried(k.mT @ v, kept)
+        out = out + but_first(q * entering[..., None], before)
     return out.flatten(2, 3)[:, :, :size]
 
 
@@ -159,8 +220,9 @@ def channelwise(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int) 
         until = torch.stack([early_until + late_since[..., -1:, :], late_until], dim=4).flatten(3, 5)
         half *= 2
     if q.shape[2] > 1:
-        before = carried((k * until.exp()).mT @ v, since[..., -1, :, None].exp())
-        out = out + (q * since.exp()) @ before
+        k, v, kept = but_last(k * until.exp(), v, since[..., -1, :, None].exp())
+        before = carried(k.mT @ v, kept)
+        out = out + but_first(q * since.exp(), before)
     return out.flatten(2, 3)[:, :, :size]
 
 
@@ -188,16 +250,11 @@ def delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, chun
     scores = q @ k.mT * weight
     out = scores @ written
     if q.shape[2] > 1:
-        leaving = (k * weight[..., -1, :, None]).mT
-        before = _carried_and_erased(leaving @ written, entering[..., -1:, :], leaving @ erasing)
-        out = out + (q * entering - scores @ erasing) @ before
+        reading = q * entering - scores @ erasing
+        leaving, written, erasing, fading = but_last(
+            k * weight[..., -1, :, None], written, erasing, entering[..., -1:, :]
+        )
+        kept = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) * fading - leaving.mT @ erasing
+        before = carried(leaving.mT @ written, kept, matrices=True)
+        out = out + but_first(reading, before)
     return out.flatten(2, 3)[:, :, :size]
-
-
-def _carried_and_erased(added: Tensor, kept: Tensor, erased: Tensor) -> Tensor:
-    """The state at the start of each chunk: S₀ = 0, S_{c+1} = kept_c S_c - erased_c S_c + added_c."""
-    state, states = torch.zeros_like(added[:, :, 0]), []
-    for add, keep, erase in zip(added.unbind(2), kept.unbind(2), erased.unbind(2), strict=True):
-        states.append(state)
-        state = torch.addcmul(add, keep, state) - erase @ state
-    return torch.stack(states, dim=2)

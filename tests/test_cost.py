@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from attnbench import cost, duel, measure, record
+from attnbench import afterwards, cost, duel, measure, record
 from attnbench.cost import CostConfig
 from attnbench.errors import Refusal
 
@@ -123,6 +123,30 @@ def test_exponents_and_crossovers_come_from_records() -> None:
     fit = exponent([p["tokens"] for p in points], [p["cost"] for p in points])
     assert fit is not None and fit.value == pytest.approx(1.0)
     assert crossover([p["ratio"] for p in points]).side == pytest.approx(50)
+
+
+def test_the_report_has_a_table_of_the_cells(tmp_path: Path) -> None:
+    """A row a cost; another shape, backend or machine is another row, and what did not fit is none."""
+
+    def kept(variant: str, side: int, seconds: float, machine: str = "A", status: str = "ok", **model: Any) -> None:
+        spread = {"median": seconds, "low": seconds, "high": seconds, "n": 3}
+        phases = {"forward": {"own": spread, "ratio": spread | {"median": 50 / side}}} if status == "ok" else {}
+        found = {"id": f"{variant}-{side}-{machine}-{len(model)}", "kind": "cost", "variant": variant, "side": side}
+        found |= {"scope": "attention", "tokens": side**2, "status": status, "environment": {"cpu": machine}}
+        found |= {"config": {"model": model}, "metrics": {"peak_bytes": None, "phases": phases}}
+        record.write(tmp_path, found, room=cost.ROOM)
+
+    for side in (16, 32, 64, 128):
+        kept("linear", side, 1e-6 * side**2)
+    kept("linear", 256, 0.0, status="oom")
+    kept("linear", 16, 1.0, backend="blocked")
+    kept("linear", 16, 1.0, machine="B")
+    table = afterwards.costs(tmp_path)
+    assert list(table["setting"]) == ["linear", "linear (blocked)", "linear"] and list(table["machine"]) == list("AAB")
+    first = table.iloc[0]
+    assert first["sides"] == "16–128" and first["exponent"] == pytest.approx(1.0)
+    assert first["ratio_to_baseline"] == 50 / 128 and first["cheaper_from_side"].startswith("50")
+    assert table.iloc[1]["sides"] == "16" and table["exponent"].isna().tolist() == [False, True, True]
 
 
 def test_the_gpu_suite_is_sound() -> None:

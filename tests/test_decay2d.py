@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import models
-from models import decay2d
 from models.decay2d import Decay2D, evened
 from models.geometry import Grid, Scan
 from models.mixer import Layer

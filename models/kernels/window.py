@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import layout
+from .layout import dense, like
 
 TALL, WIDE = 4, 16
 """Rows and columns of a patch."""
@@ -67,8 +67,8 @@ def _steps(*tensors: Tensor) -> list[int]:
 
 @torch.library.custom_op("attnbench::window", mutates_args=(), device_types=("cuda", "cpu"))
 def _forward(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, radius: int) -> tuple[Tensor, Tensor]:
-    q, k, v = layout.dense(q), layout.dense(k), layout.dense(v)
-    from .window_kernels import attend as kernel  # triton is loaded where it is used
+    q, k, v = dense(q), dense(k), dense(v)
+    from .window_kernels import attend as kernel  # Triton is loaded where it is used
 
     out, mass = _shapes(q, k, v, height, width, radius)
     told = _settings(q.shape[3], q.shape[1], radius, q.dtype)
@@ -80,25 +80,25 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, radius: i
 
 @_forward.register_fake
 def _shapes(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, radius: int) -> tuple[Tensor, Tensor]:
-    return layout.like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("attnbench::window_backward", mutates_args=(), device_types=("cuda", "cpu"))
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mass: Tensor, height: int, width: int, radius: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from . import window_kernels
+    from .window_kernels import keys, queries
 
-    grad, q, k, v = (layout.dense(x) for x in (grad, q, k, v))
-    dq, dk, dv = layout.like(q), layout.like(k), layout.like(v)
+    grad, q, k, v = (dense(x) for x in (grad, q, k, v))
+    dq, dk, dv = like(q), like(k), like(v)
     agreement, grid = torch.empty_like(mass), _grid(q, height, width)
     start_dk, start_dv = mass.new_empty(2, grid[1], grid[0], q.shape[3])
     told = height, width, q.shape[3] ** -0.5
     settings = _settings(q.shape[3], q.shape[1], radius, q.dtype)
-    window_kernels.queries[grid](
+    queries[grid](
         q, k, v, out, grad, mass, dq, agreement, start_dk, start_dv, *_steps(q, k, v, out, grad, dq), *told, **settings
     )
-    window_kernels.keys[grid](q, k, v, grad, mass, agreement, dk, dv, *_steps(q, k, v, grad, dk, dv), *told, **settings)
+    keys[grid](q, k, v, grad, mass, agreement, dk, dv, *_steps(q, k, v, grad, dk, dv), *told, **settings)
     dk[:, :, 0], dv[:, :, 0] = (part.sum(1).view_as(dk[:, :, 0]) for part in (start_dk, start_dv))
     return dq, dk, dv
 
@@ -107,7 +107,7 @@ def _backward(
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mass: Tensor, height: int, width: int, radius: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return layout.like(q), layout.like(k), layout.like(v)
+    return like(q), like(k), like(v)
 
 
 class _Window(torch.autograd.Function):
