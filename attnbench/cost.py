@@ -254,8 +254,8 @@ def too_large(cell: Cell, limits: CostConfig) -> str | None:
     """Why the cell is not even tried, by plan; None if it may fit."""
     from attnbench import measure, predict, trace
 
-    if cell.scope == "attention":
-        return None
+    if cell.scope == "attention" or cell.config.device == "cuda":
+        return None  # there an allocator refuses at once what does not fit
     try:
         need = predict.peak_bytes(measure.Request(cell.config, cell.side, cell.side, VOCAB))
     except trace.TooLong:  # then the child's own limit decides

@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,11 +64,12 @@ def time_cell(told: dict[str, Any]) -> dict[str, Any]:
     request = Request.parse(told["request"])
     limit_memory(told.get("memory"), request.config.device)
     scope, decoding = told["scope"], told.get("decoding", True)
-    sides = {"own": phases_of(request, scope, decoding)}
+    own = subject_of(request, scope, decoding)
+    sides = {"own": own.phases}
     if told.get("baseline"):
-        sides["baseline"] = phases_of(Request.parse(told["baseline"]), scope, decoding)
+        sides["baseline"] = subject_of(Request.parse(told["baseline"]), scope, decoding).phases
     found = by_turns(sides, product(request.config.device, request.config.train.precision), told["budget"])
-    return {"phases": found, "flops": _flops(request, told["scope"]), "backend": _backend(request)}
+    return {"phases": found, "flops": _flops(request, told["scope"]), "backend": str(own.module.backend)}
 
 
 def by_turns(sides: dict[str, Phases], yardstick: Callable[[], float], budget: float) -> dict[str, Any]:
@@ -135,10 +137,17 @@ def product_flops(device: str) -> int:
     return 2 * (PRODUCT if device == "cpu" else 8 * PRODUCT) ** 3
 
 
-def phases_of(request: Request, scope: str, decoding: bool = True) -> Phases:
-    """The phases of a cell. Raises AssertionError where the oracle is missed."""
+class Subject(NamedTuple):
+    """What is timed: a mixer or a model, whose backend is settled once it has run, and its phases."""
+
+    module: Any
+    phases: Phases
+
+
+def subject_of(request: Request, scope: str, decoding: bool = True) -> Subject:
+    """The subject of a cell. Raises AssertionError where the oracle is missed."""
     check_oracle(request)
-    return _attention_phases(request, decoding) if scope == "attention" else _step_phases(request)
+    return _attention(request, decoding) if scope == "attention" else _step(request)
 
 
 def check_oracle(request: Request) -> None:
@@ -181,7 +190,7 @@ def _there_and_back(mixer: nn.Module | None, given: Inputs) -> None:
     torch.autograd.grad(out, given.leaves(), torch.ones_like(out), allow_unused=True)
 
 
-def _attention_phases(request: Request, decoding: bool) -> Phases:
+def _attention(request: Request, decoding: bool) -> Subject:
     mixer, given = attention(request)
     assert mixer is not None
     device = request.config.device
@@ -208,10 +217,10 @@ def _attention_phases(request: Request, decoding: bool) -> Phases:
         }
     if decoding and request.config.model.objective == "ar":
         phases["decoding"] = lambda: _decoding(mixer, given, device)
-    return phases
+    return Subject(mixer, phases)
 
 
-def _replays(run: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[Callable[[], None], Callable[[], None]] | None:
+def _replays(run: Callable[[], Tensor], leaves: list[Tensor]) -> list[Callable[[], None]] | None:
     """The forward and the backward pass as CUDA graphs; None where something in them cannot be captured.
 
     A replay is the device's work without Python's launching, which for a short pass takes longer than the pass.
@@ -228,10 +237,15 @@ def _replays(run: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[Callable[
         with torch.cuda.graph(graphs[0], stream=stream):
             out = run()
         with torch.cuda.graph(graphs[1], pool=graphs[0].pool(), stream=stream):
-            torch.autograd.grad(out, leaves, grad, allow_unused=True)
+            grads = torch.autograd.grad(out, leaves, grad, retain_graph=True, allow_unused=True)
     except RuntimeError:
         return None
-    return graphs[0].replay, graphs[1].replay
+    kept = (out, grad, grads)  # a graph reads and writes where they lie, and keeps none of them
+
+    def replay(graph: torch.cuda.CUDAGraph, kept: object) -> None:
+        graph.replay()
+
+    return [partial(replay, graph, kept) for graph in graphs]
 
 
 def _decoding(mixer: Any, given: Inputs, device: str) -> float:
@@ -248,17 +262,17 @@ def _decoding(mixer: Any, given: Inputs, device: str) -> float:
         return measure._seconds(run, device)
 
 
-def _step_phases(request: Request) -> Phases:
+def _step(request: Request) -> Subject:
     config = request.config
     model = train.make_model(config, *request.shape)
     optimiser = train.make_optimiser(model, config)
     inputs, labels = measure._batches(request)[0]
     model.train()
-    return {
-        "training": lambda: measure._seconds(
-            lambda: train.train_step(model, optimiser, inputs, 0, config, labels), config.device
-        )
-    }
+
+    def train_once() -> object:
+        return train.train_step(model, optimiser, inputs, 0, config, labels)
+
+    return Subject(model, {"training": lambda: measure._seconds(train_once, config.device)})
 
 
 def _flops(request: Request, scope: str) -> dict[str, int]:
@@ -269,11 +283,6 @@ def _flops(request: Request, scope: str) -> dict[str, int]:
         return {"training": 3 * model.flops() * batch}
     mixer: Any = attention(request)[0]
     return {"forward": mixer.flops() * batch, "backward": 2 * mixer.flops() * batch}
-
-
-def _backend(request: Request) -> str:
-    small = request.config.model_copy(update={"model": request.config.model.model_copy(update={"depth": 1})})
-    return str(train.make_model(small, *request.shape).backend)
 
 
 KINDS: measure.Kinds = {"time": time_cell, "memory": peak_cell, "both": both_cell}

@@ -260,7 +260,7 @@ def step(request: Request, limit: int | None = None) -> Trace:
         inputs, labels = _batch(request)
         with Meter(device, limit) as meter:
             try:
-                model = train.make_model(config, *request.shape)
+                model = _made(config, request.shape)
                 optimiser = train.make_optimiser(model, config)
                 meter.watch(model, optimiser)
                 model.train()
@@ -277,7 +277,20 @@ def build(request: Request) -> nn.Module:
     """The request's model, its parameters without memory.  Raises Refusal as `train.make_model`."""
     fork, fake = torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True)
     with fork, fake, Meter(request.config.device, None):
-        return train.make_model(_eager(request.config), *request.shape)
+        return _made(_eager(request.config), request.shape)
+
+
+def _made(config: RunConfig, shape: tuple[int, ...]) -> nn.Module:
+    """The fake model on its device: torch moves no fake parameters, so they are made there again."""
+    model = train.make_model(config.model_copy(update={"device": "cpu"}), *shape)
+    if config.device == "cpu":
+        return model
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=config.device)))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=config.device))
+    return model
 
 
 def _batch(request: Request) -> tuple[Tensor, Tensor | None]:

@@ -65,7 +65,7 @@ def test_nothing_is_timed_before_its_oracle_has_passed(monkeypatch: pytest.Monke
     right = models.linear.Linear.forward
     monkeypatch.setattr(models.linear.Linear, "forward", lambda *a, **k: right(*a, **k) * 1.001)
     with pytest.raises(AssertionError):
-        duel.phases_of(request, "attention")
+        duel.subject_of(request, "attention")
 
 
 @pytest.mark.serial

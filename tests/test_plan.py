@@ -222,3 +222,13 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["--side", "8", "--memory", "60MB", "--model.depth", "2"]) == 0
     said = capsys.readouterr().out
     assert "peak memory" in said and "largest side that fits into 60MB: " in said
+
+
+def test_a_model_for_cuda_is_built_where_there_is_none() -> None:
+    """Without memory; parameters and tables on the device that the run would have."""
+    request = measure.Request(RunConfig(variant="dense-rope2d", device="cuda"), 6, 6, 8)
+    model = trace.build(request)
+    placed = [*model.parameters(), *model.buffers()]
+    assert {tensor.device.type for tensor in placed} == {"cuda"}
+    like = train.make_model(request.config.model_copy(update={"device": "cpu"}), *request.shape)
+    assert [p.shape for p in model.parameters()] == [p.shape for p in like.parameters()]
