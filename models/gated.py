@@ -73,7 +73,7 @@ class Fading(Recurrent):
     def flops(self) -> int:
         """Within a chunk the scores and their use, between chunks the state's making and its use."""
         d, (chunk, slots) = self.layer.head_dim, self.fitting()
-        return self.layer.heads * (slots * 4 * chunk * d + (slots - chunk) * 4 * d * d)
+        return self.layer.heads * slots * (4 * chunk * d + (4 * d * d if slots > chunk else 0))
 
 
 def normalised(out: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class GatedLinear(Fading):
     def flops(self) -> int:
         """As of the others, but that only pairs with the key earlier are multiplied."""
         d, (chunk, slots) = self.layer.head_dim, self.fitting()
-        return self.layer.heads * (slots * 2 * (chunk - 1) * d + (slots - chunk) * 4 * d * d)
+        return self.layer.heads * slots * (2 * (chunk - 1) * d + (4 * d * d if slots > chunk else 0))
 
 
 class Discretised(Fading):
@@ -215,9 +215,9 @@ class DeltaNet(Discretised):
     def flops(self) -> int:
         """Two kinds of scores, the triangular system and the writes' use, and the states."""
         d, (chunk, slots) = self.layer.head_dim, self.fitting()
-        sums = slots * 8 * chunk * d  # scores, the system's d + d right sides, the writes' use
-        if slots == chunk:
-            return self.layer.heads * sums
-        # Scores of what is erased; states added, erased and read; states carried.
-        sums += slots * 2 * chunk * d + (slots - chunk) * 6 * d * d + (slots // chunk - 2) * 2 * d**3
-        return self.layer.heads * sums
+        a_slot = (
+            4 * chunk * d + 2 * chunk * d + 2 * chunk * d
+        )  # scores, the system's d + d right sides, the writes' use
+        if slots > chunk:
+            a_slot += 2 * d * d + 2 * d * d + 2 * d * d + 2 * chunk * d  # added, erased, read; scores of the erased
+        return self.layer.heads * (slots * a_slot + (slots // chunk - 1) * 2 * d**3)

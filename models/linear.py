@@ -104,7 +104,7 @@ class Linear(Recurrent):
         if not self.layer.scan.causal or self.backend == "compiled":
             return self.layer.heads * self.layer.size * state
         chunk, slots = self.fitting()
-        return self.layer.heads * (slots * 2 * chunk * (self.width + channels) + (slots - chunk) * state)
+        return self.layer.heads * slots * (2 * chunk * (self.width + channels) + (state if slots > chunk else 0))
 
 
 @variant(

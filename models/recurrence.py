@@ -138,14 +138,9 @@ def _walk(states: Tensor, kept: Tensor, dim: int, backward: bool, matrices: bool
             state.addcmul_(keep, before)
 
 
-def but_last(*chunked: Tensor) -> list[Tensor]:
-    """All chunks but the last, whose state nobody reads; what is one for all chunks stays."""
-    return [x if x.shape[2] == 1 else x[:, :, :-1] for x in chunked]
-
-
-def but_first(q: Tensor, before: Tensor) -> Tensor:
-    """q times the state that each chunk but the first starts with; zeros for the first."""
-    return F.pad(q[:, :, 1:] @ before, (0, 0, 0, 0, 1, 0))
+def shifted(x: Tensor) -> Tensor:
+    """What each chunk finds of the one before it, zeros for the first; what is one for all chunks stays."""
+    return x if x.shape[2] == 1 else F.pad(x, (0, 0, 0, 0, 1, -1))
 
 
 def summed(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
@@ -157,9 +152,7 @@ def summed(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
     q, k, v = (cut(x, chunk) for x in (q, k, v))
     out = (q @ k.mT).tril() @ v
     if q.shape[2] > 1:
-        k, v = but_last(k, v)
-        before = (k.mT @ v).cumsum(dim=2)
-        out = out + but_first(q, before)
+        out = out + q @ shifted((k.mT @ v).cumsum(dim=2))
     return out.flatten(2, 3)[:, :, :size]
 
 
@@ -189,9 +182,8 @@ def decayed(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int) -> T
     out = (q @ k.mT * weight) @ v
     if q.shape[2] > 1:
         entering = log_decay.cumsum(dim=-1).exp()
-        k, v, kept = but_last(k * weight[..., -1, :, None], v, entering[..., -1:, None])
-        before = carried(k.mT @ v, kept)
-        out = out + but_first(q * entering[..., None], before)
+        added = (k * weight[..., -1, :, None]).mT @ v
+        out = out + (q * entering[..., None]) @ carried(shifted(added), shifted(entering[..., -1:, None]))
     return out.flatten(2, 3)[:, :, :size]
 
 
@@ -220,9 +212,8 @@ def channelwise(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int) 
         until = torch.stack([early_until + late_since[..., -1:, :], late_until], dim=4).flatten(3, 5)
         half *= 2
     if q.shape[2] > 1:
-        k, v, kept = but_last(k * until.exp(), v, since[..., -1, :, None].exp())
-        before = carried(k.mT @ v, kept)
-        out = out + but_first(q * since.exp(), before)
+        added, kept = (k * until.exp()).mT @ v, since[..., -1, :, None].exp()
+        out = out + (q * since.exp()) @ carried(shifted(added), shifted(kept))
     return out.flatten(2, 3)[:, :, :size]
 
 
@@ -250,11 +241,9 @@ def delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, chun
     scores = q @ k.mT * weight
     out = scores @ written
     if q.shape[2] > 1:
-        reading = q * entering - scores @ erasing
-        leaving, written, erasing, fading = but_last(
-            k * weight[..., -1, :, None], written, erasing, entering[..., -1:, :]
-        )
-        kept = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) * fading - leaving.mT @ erasing
-        before = carried(leaving.mT @ written, kept, matrices=True)
-        out = out + but_first(reading, before)
+        leaving = (k * weight[..., -1, :, None]).mT
+        fading = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) * entering[..., -1:, :]
+        kept = fading - leaving @ erasing
+        before = carried(shifted(leaving @ written), shifted(kept), matrices=True)
+        out = out + (q * entering - scores @ erasing) @ before
     return out.flatten(2, 3)[:, :, :size]

@@ -209,3 +209,36 @@ def test_flops_are_those_that_torch_counts(name: str) -> None:
             with FlopCounterMode(display=False, custom_mapping=mapping) as counter, torch.no_grad():
                 mixer(**given)
             assert counter.get_total_flops() == mixer.flops()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("added", "kept", "dim", "matrices"),
+    [
+        ((2, 3, 4, 5, 2), (2, 3, 4, 1, 1), 2, False),
+        ((2, 3, 4, 5, 2), (3, 1, 1, 1), -3, False),
+        ((2, 1, 1, 5, 2), (2, 1, 1, 5, 2), 2, False),
+        ((2, 3, 2, 4), (3, 2, 1), 1, False),
+        ((2, 3, 4, 5, 2), (2, 3, 4, 5, 5), 2, True),
+    ],
+)
+def test_what_is_carried_is_the_recurrence(
+    added: tuple[int, ...], kept: tuple[int, ...], dim: int, matrices: bool, backward: bool
+) -> None:
+    """Against a loop, and its gradients against differences; from either end, one factor for all or one for each."""
+    torch.manual_seed(0)
+    x, y = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in (added, kept))
+    dim = dim % len(added)
+    y5 = y[(None,) * (len(added) - len(kept))]
+    places = range(added[dim])
+    want: list[Tensor] = []
+    for place in reversed(places) if backward else places:
+        factor = y5.select(dim, place if y5.shape[dim] > 1 else 0)
+        before = want[-1] if want else torch.zeros_like(x.select(dim, 0))
+        want.append((factor @ before if matrices else factor * before) + x.select(dim, place))
+
+    def walk(x: Tensor, y: Tensor) -> Tensor:
+        return recurrence.carried(x, y[(None,) * (len(added) - len(kept))], dim, backward, matrices)
+
+    assert_close(walk(x, y), torch.stack(want[::-1] if backward else want, dim=dim))
+    assert torch.autograd.gradcheck(walk, (x, y))
