@@ -88,7 +88,7 @@ def carried(added: Tensor, kept: Tensor, dim: int = 2, backward: bool = False, m
     kept broadcasts against added, and may be one for all along `dim`.  matrices: S_i = kept_i S_{i-1} + added_i, the
     last two dimensions of kept square, those before `dim` as added's, and `dim` the third last.
     """
-    out: Tensor = _Walk.apply(added, kept, dim, backward, matrices)
+    out: Tensor = _Walk.apply(added, kept[(None,) * (added.dim() - kept.dim())], dim, backward, matrices)
     return out
 
 

@@ -238,7 +238,7 @@ def test_what_is_carried_is_the_recurrence(
         want.append((factor @ before if matrices else factor * before) + x.select(dim, place))
 
     def walk(x: Tensor, y: Tensor) -> Tensor:
-        return recurrence.carried(x, y[(None,) * (len(added) - len(kept))], dim, backward, matrices)
+        return recurrence.carried(x, y, dim, backward, matrices)
 
     assert_close(walk(x, y), torch.stack(want[::-1] if backward else want, dim=dim))
     assert torch.autograd.gradcheck(walk, (x, y))
