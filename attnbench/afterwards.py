@@ -13,7 +13,6 @@ from typing import Any
 import pandas as pd
 
 from attnbench import cost, record
-from attnbench.exponents import crossover, exponent
 from attnbench.frame import number, part
 
 
@@ -30,15 +29,14 @@ def costs(results: Path) -> pd.DataFrame:
         machines.setdefault(str(where.get("gpu") or where.get("cpu") or "unknown"), []).append(done)
     rows = []
     for machine, cells in machines.items():
-        for (label, scope, what), points in cost.series(cells).items():
-            points = sorted(points, key=lambda point: float(point["tokens"]))
-            fit = exponent([p["tokens"] for p in points], [p["cost"] for p in points])
-            ratios = [p["ratio"] for p in points if p["ratio"]]
+        for curve in cost.curves(cells):
+            fit = curve.fit
             rows.append({
-                "setting": label, "scope": scope, "cost": what, "sides": _span([p["side"] for p in points]),
+                "setting": curve.label, "scope": curve.scope, "cost": curve.cost,
+                "sides": _span([point["side"] for point in curve.points]),
                 "exponent": fit and fit.value, "exponent_low": fit and fit.low, "exponent_high": fit and fit.high,
-                "ratio_to_baseline": ratios[-1].median if ratios else None,
-                "cheaper_from_side": crossover(ratios).text() if ratios else None, "machine": machine,
+                "ratio_to_baseline": curve.ratios[-1].median if curve.ratios else None,
+                "cheaper_from_side": curve.cheaper_from, "machine": machine,
             })  # fmt: skip
     return _sorted(rows, ["machine", "scope", "cost", "setting"])
 

@@ -95,7 +95,7 @@ def inputs(mixer: Mixer) -> list[Tensor]:
 
 
 def backends(mixer: Mixer) -> list[str]:
-    """What runs on a CPU in float64; the libraries' are checked in low precision, on CUDA."""
+    """What runs on a CPU in float64; what trains on CUDA only is checked there, in low precision."""
     return [name for name in mixer.backends if name not in CUDA_ONLY and not mixer.refusals(name)]
 
 

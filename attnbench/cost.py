@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import ByteSize, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError, field_validator
@@ -20,6 +20,9 @@ from attnbench import cli
 from attnbench.config import ModelConfig, RunConfig, Scalar, Settings, TrainConfig
 from attnbench.errors import Refusal
 from attnbench.plan import PRESETS
+
+if TYPE_CHECKING:
+    from attnbench.exponents import Exponent, Ratio
 
 FOLDER = Path(__file__).with_name("costs")
 ROOM = "costs"
@@ -344,11 +347,32 @@ def series(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list
     return found
 
 
+class Curve(NamedTuple):
+    """How one cost grows: its points by tokens, its exponent, its ratios to the baseline, and from where it is less."""
+
+    label: str
+    scope: str
+    cost: str
+    points: list[dict[str, Any]]
+    fit: Exponent | None
+    ratios: list[Ratio]
+    cheaper_from: str | None
+
+
+def curves(records: Sequence[dict[str, Any]]) -> Iterator[Curve]:
+    """One for each series."""
+    from attnbench.exponents import crossover, exponent
+
+    for names, found in series(records).items():
+        points = sorted(found, key=lambda point: float(point["tokens"]))
+        fit = exponent([p["tokens"] for p in points], [p["cost"] for p in points])
+        ratios = [p["ratio"] for p in points if p["ratio"]]
+        yield Curve(*names, points, fit, ratios, crossover(ratios).text() if ratios else None)
+
+
 def _print(records: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
-
-    from attnbench.exponents import crossover, exponent
 
     cost = Table("variant", "scope", "side", "phase", "median ms", "quartiles", "n", "of product", "/ baseline", "MB")
     for r in records:
@@ -364,12 +388,11 @@ def _print(records: Sequence[dict[str, Any]]) -> None:
             row = (f"{own['median'] * 1e3:,.2f}", spread, str(own["n"]), share, against, peak)
             cost.add_row(label(r), r["scope"], str(r["side"]), phase, *row)
     fits = Table("variant", "scope", "cost", "exponent in n", "95 %", "points", "cheaper than the baseline from side")
-    for (variant, scope, phase), points in series(records).items():
-        fit = exponent([p["tokens"] for p in points], [p["cost"] for p in points])
+    for curve in curves(records):
+        fit = curve.fit
         between = "" if fit is None or fit.low is None else f"{fit.low:.2f} to {fit.high:.2f}"
-        ratios = [p["ratio"] for p in points if p["ratio"]]
-        where = crossover(ratios).text() if ratios else ""
-        fits.add_row(variant, scope, phase, f"{fit.value:.2f}" if fit else "", between, str(len(points)), where)
+        found = f"{fit.value:.2f}" if fit else "", between, str(len(curve.points)), curve.cheaper_from or ""
+        fits.add_row(curve.label, curve.scope, curve.cost, *found)
     console = Console()
     console.width = max(console.width, WIDTH)  # a figure that is cut is no figure
     console.print(cost)

@@ -18,11 +18,12 @@ import triton.language as tl
 
 
 @triton.jit
-def _place(HEADS: tl.constexpr, width, TALL: tl.constexpr, WIDE: tl.constexpr):
-    """Image, head, and the first row and column of this program's patch."""
+def _patch(HEADS: tl.constexpr, width, TALL: tl.constexpr, WIDE: tl.constexpr):
+    """Image, head, the first row and column of this program's patch, and the row and column of each of its pixels."""
     across = tl.cdiv(width, WIDE)
     patch, head = tl.program_id(0), tl.program_id(1)
-    return (head // HEADS).to(tl.int64), head % HEADS, patch // across * TALL, patch % across * WIDE
+    top, left, index = patch // across * TALL, patch % across * WIDE, tl.arange(0, TALL * WIDE)
+    return (head // HEADS).to(tl.int64), head % HEADS, top, left, top + index // WIDE, left + index % WIDE
 
 
 @triton.jit
@@ -41,6 +42,13 @@ def _put(x, value, image, head, slot, seen, s_image, s_head, s_slot, dim: tl.con
 
 
 @triton.jit
+def _start(x, image, head, s_image, s_head, dim: tl.constexpr, DIM: tl.constexpr):
+    """(DIM,) float32: what stands at the start token's slot."""
+    channel = tl.arange(0, DIM)
+    return tl.load(x + image * s_image + head * s_head + channel, mask=channel < dim, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _near(row, col, key_row, key_col, radius: tl.constexpr):
     """Whether the pixel at (key_row, key_col) is earlier than (row, col) and in its window."""
     down, right = row - key_row, key_col - col
@@ -54,14 +62,10 @@ def attend(
     height, width, scale, HEADS: tl.constexpr, RADIUS: tl.constexpr, dim: tl.constexpr, DIM: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, REACH: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    image, head, top, left = _place(HEADS, width, TALL, WIDE)
-    index = tl.arange(0, TALL * WIDE)
-    row, col = top + index // WIDE, left + index % WIDE
+    image, head, top, left, row, col = _patch(HEADS, width, TALL, WIDE)
     slot, inside = row * width + col, (row < height) & (col < width)
     query = _rows(q, image, head, slot, inside, qi, qh, qs, dim, DIM)
-    channel = tl.arange(0, DIM)
-    start_k = tl.load(k + image * ki + head * kh + channel, mask=channel < dim, other=0.0).to(tl.float32)
-    start_v = tl.load(v + image * vi + head * vh + channel, mask=channel < dim, other=0.0).to(tl.float32)
+    start_k, start_v = _start(k, image, head, ki, kh, dim, DIM), _start(v, image, head, vi, vh, dim, DIM)
     best = tl.sum(query.to(tl.float32) * start_k[None, :], 1) * scale
     total = tl.full((TALL * WIDE,), 1.0, tl.float32)
     sums = tl.zeros((TALL * WIDE, DIM), tl.float32) + start_v[None, :]
@@ -93,9 +97,7 @@ def queries(
     TALL: tl.constexpr, WIDE: tl.constexpr, REACH: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Of a patch: its queries' gradients, grad·out of each, and its part of the start token's gradients."""
-    image, head, top, left = _place(HEADS, width, TALL, WIDE)
-    index = tl.arange(0, TALL * WIDE)
-    row, col = top + index // WIDE, left + index % WIDE
+    image, head, top, left, row, col = _patch(HEADS, width, TALL, WIDE)
     slot, inside = row * width + col, (row < height) & (col < width)
     query = _rows(q, image, head, slot, inside, qi, qh, qs, dim, DIM)
     given = _rows(grad, image, head, slot, inside, gi, gh, gs, dim, DIM)
@@ -105,13 +107,12 @@ def queries(
     wide_given = given.to(tl.float32)
     agree = tl.sum(wide_given * made.to(tl.float32), 1)
     tl.store(agreement + number, agree, mask=inside)
-    channel = tl.arange(0, DIM)
-    start_k = tl.load(k + image * ki + head * kh + channel, mask=channel < dim, other=0.0).to(tl.float32)
-    start_v = tl.load(v + image * vi + head * vh + channel, mask=channel < dim, other=0.0).to(tl.float32)
+    start_k, start_v = _start(k, image, head, ki, kh, dim, DIM), _start(v, image, head, vi, vh, dim, DIM)
     wide_query = query.to(tl.float32)
     weight = tl.exp(tl.sum(wide_query * start_k[None, :], 1) * scale - known)
     weight = tl.where(inside, weight, 0.0)
     slope = weight * (tl.sum(wide_given * start_v[None, :], 1) - agree) * scale
+    channel = tl.arange(0, DIM)
     part = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * dim + channel
     tl.store(start_dk + part, tl.sum(slope[:, None] * wide_query, 0), mask=channel < dim)
     tl.store(start_dv + part, tl.sum(weight[:, None] * wide_given, 0), mask=channel < dim)
@@ -140,9 +141,7 @@ def keys(
     TALL: tl.constexpr, WIDE: tl.constexpr, REACH: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the keys and values that hold a patch's pixels."""
-    image, head, top, left = _place(HEADS, width, TALL, WIDE)
-    index = tl.arange(0, TALL * WIDE)
-    key_row, key_col = top + index // WIDE, left + index % WIDE
+    image, head, top, left, key_row, key_col = _patch(HEADS, width, TALL, WIDE)
     holder = key_row * width + key_col + 1
     held = (key_row < height) & (key_col < width) & (holder < height * width)
     key = _rows(k, image, head, holder, held, ki, kh, ks, dim, DIM)
