@@ -74,12 +74,14 @@ class ModelConfig(Settings):
 
 
 class TrainConfig(Settings):
-    """The optimiser's budget and schedule: Adam (0.9, 0.95), linear warm-up, cosine to zero."""
+    """The optimiser, its budget and its schedule: linear warm-up, cosine to zero."""
 
     steps: PositiveInt = 400
     """Optimiser steps."""
     batch: PositiveInt = 64
     """Images a step, over all accumulated parts."""
+    optimiser: Literal["adam", "muon"] = "adam"
+    """adam: (0.9, 0.95), as Image GPT; muon: for the matrices inside the blocks, with adam for all else."""
     lr: PositiveFloat = 3e-3
     """Peak learning rate."""
     warmup: Annotated[int, Field(ge=0)] = 50

@@ -118,10 +118,10 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """From the settings alone."""
+        """From the settings that are not at their default alone, as a run's."""
         from attnbench import record
 
-        told = {"side": self.side, "scope": self.scope, **self.config.identity()}
+        told = {"side": self.side, "scope": self.scope, **self.config.identity(exclude_defaults=True)}
         told |= {} if self.decoding else {"decoding": False}
         digest = hashlib.sha256(record.canonical(told)).hexdigest()[:10]
         return f"{record._slug(self.config.variant)}-{self.scope}-{self.side}-{digest}"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from attnbench import measure, train
 from attnbench.clock import Stopwatch
 from attnbench.measure import PeakMeter, Request, Timing
+from attnbench.optimiser import make_optimiser
 
 PRODUCT = 1024
 """Rows and columns of the yardstick's matrices."""
@@ -265,7 +266,7 @@ def _decoding(mixer: Any, given: Inputs, device: str) -> float:
 def _step(request: Request) -> Subject:
     config = request.config
     model = train.make_model(config, *request.shape)
-    optimiser = train.make_optimiser(model, config)
+    optimiser = make_optimiser(model, config)
     inputs, labels = measure._batches(request)[0]
     model.train()
 

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnbench.clock import Stopwatch
 from attnbench.config import RunConfig, threads
+from attnbench.optimiser import make_optimiser
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -334,7 +335,7 @@ def _measure_time(told: dict[str, Any]) -> dict[str, Any]:
     request, share = Request.parse(told), told["budget"] / 3
     config = request.config
     model = train.make_model(config, *request.shape)
-    optimiser = train.make_optimiser(model, config)
+    optimiser = make_optimiser(model, config)
     batches = deque(_batches(request))
 
     def step() -> None:
@@ -451,7 +452,7 @@ def _train(request: Request, batches: list[Batch]) -> None:
     from attnbench import train
 
     model = train.make_model(request.config, *request.shape)
-    optimiser = train.make_optimiser(model, request.config)
+    optimiser = make_optimiser(model, request.config)
     model.train()
     for step, (inputs, labels) in enumerate(batches):
         train.train_step(model, optimiser, inputs, step, request.config, labels)

@@ -33,6 +33,7 @@ import models
 from attnbench import train
 from attnbench.config import RunConfig
 from attnbench.measure import Request
+from attnbench.optimiser import make_optimiser
 
 KINDS = ("parameters", "gradients", "optimiser", "activations", "temporaries", "overhead")
 """parameters: with the model's tables; temporaries: all that backward and the clipping make, gradients apart;
@@ -261,7 +262,7 @@ def step(request: Request, limit: int | None = None) -> Trace:
         with Meter(device, limit) as meter:
             try:
                 model = _made(config, request.shape)
-                optimiser = train.make_optimiser(model, config)
+                optimiser = make_optimiser(model, config)
                 meter.watch(model, optimiser)
                 model.train()
                 _first_update(model, optimiser)

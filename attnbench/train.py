@@ -1,4 +1,4 @@
-"""Training: Adam with warm-up and cosine, clipped; best weights by validation; resumable bit for bit.
+"""Training: warm-up and cosine, clipped; best weights by validation; resumable bit for bit.
 
 The order of the data and the hidden pixels are pure functions of (seed, step) and of the process's number, so a resumed
 run sees what an uninterrupted one would have seen, and N processes together what one would.
@@ -25,9 +25,9 @@ from attnbench import checkpoint, distributed, variants
 from attnbench.clock import Stopwatch
 from attnbench.config import RunConfig, TrainConfig
 from attnbench.errors import Refusal
+from attnbench.optimiser import make_optimiser
 
 HIDDEN_SHARE = 0.15  # Image GPT's BERT objective
-BETAS = (0.9, 0.95)  # Image GPT
 
 
 class Diverged(Exception):
@@ -90,10 +90,6 @@ def _recompute(model: nn.Module, variant: str) -> None:
         block.forward = partial(recomputed, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
-def make_optimiser(model: nn.Module, config: RunConfig) -> torch.optim.Adam:
-    return torch.optim.Adam(model.parameters(), lr=config.train.lr, betas=BETAS, fused=True)
-
-
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Linear warm-up, then a cosine to zero."""
     if step < config.warmup:
@@ -141,7 +137,7 @@ def class_nats(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def train_step(
-    model: nn.Module, optimiser: torch.optim.Adam, tokens: Tensor, step: int, config: RunConfig,
+    model: nn.Module, optimiser: torch.optim.Optimizer, tokens: Tensor, step: int, config: RunConfig,
     labels: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """One optimiser step on tokens (batch, height, width), of which every process is given its share.
@@ -255,8 +251,8 @@ def _validate(
     return best
 
 
-def _tensors(model: nn.Module, optimiser: torch.optim.Adam, best: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Everything that resuming needs, under flat names."""
+def _tensors(model: nn.Module, optimiser: torch.optim.Optimizer, best: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Everything that resuming needs, under flat names; "adam" is that of whichever optimiser."""
     flat = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     flat |= {f"best.{name}": tensor for name, tensor in best.items()}
     for index, state in optimiser.state_dict()["state"].items():
@@ -264,7 +260,7 @@ def _tensors(model: nn.Module, optimiser: torch.optim.Adam, best: dict[str, Tens
     return flat
 
 
-def _resume(model: nn.Module, optimiser: torch.optim.Adam, folder: Path) -> tuple[Progress, dict[str, Tensor]]:
+def _resume(model: nn.Module, optimiser: torch.optim.Optimizer, folder: Path) -> tuple[Progress, dict[str, Tensor]]:
     """Puts the latest checkpoint of the folder, if any, into model and optimiser; only the first process reads it."""
     found = checkpoint.latest(folder) if distributed.first() else None
     told = distributed.tell(None if found is None else (found.meta, list(found.tensors)))
@@ -272,8 +268,8 @@ def _resume(model: nn.Module, optimiser: torch.optim.Adam, folder: Path) -> tupl
     if told is None:
         return Progress(), {name: tensor.detach().clone() for name, tensor in now.items()}
     like = {f"{kind}.{name}": tensor for kind in ("model", "best") for name, tensor in now.items()}
-    for place, parameter in enumerate(model.parameters()):
-        like |= {f"adam.{place}.exp_avg": parameter, f"adam.{place}.exp_avg_sq": parameter}
+    for place, parameter in enumerate(p for group in optimiser.param_groups for p in group["params"]):
+        like |= {f"adam.{place}.{key}": parameter for key in ("exp_avg", "exp_avg_sq", "momentum_buffer")}
         like[f"adam.{place}.step"] = torch.zeros((), device=parameter.device)
     meta, names = told
     tensors = distributed.scattered(found.tensors if found else {}, {name: like[name] for name in names})

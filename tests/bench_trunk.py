@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from attnbench import train
 from attnbench.config import ModelConfig, RunConfig, TrainConfig, threads
+from attnbench.optimiser import BETAS
 from models import build
 from tests.timing import describe, passed, peak_bytes, ratio
 
@@ -91,7 +92,7 @@ def test_harness_over_the_bare_loop(benchmark: Any, tmp_path: Path) -> None:
 
     def bare() -> None:
         model = train.make_model(config, SIDE, SIDE, VOCAB)
-        optimiser = torch.optim.Adam(model.parameters(), lr=config.train.lr, betas=train.BETAS, fused=True)
+        optimiser = torch.optim.Adam(model.parameters(), lr=config.train.lr, betas=BETAS, fused=True)
         for step in range(steps):
             tokens = data[step * BATCH : (step + 1) * BATCH]
             optimiser.zero_grad(set_to_none=True)

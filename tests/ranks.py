@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from attnbench import distributed, evaluate, train
 from attnbench.config import RunConfig, TrainConfig
+from attnbench.optimiser import make_optimiser
 
 HEIGHT, WIDTH, VOCAB, COUNT = 3, 5, 5, 40
 
@@ -39,7 +40,7 @@ def gradients(config: RunConfig, folder: Path) -> None:
     """Leaves the gradients of a batch, with its loss, as gradients.safetensors."""
     model = model_of(config)
     trained = distributed.spread(model, config.parallel)
-    optimiser = train.make_optimiser(model, config)
+    optimiser = make_optimiser(model, config)
     mine = images()[: config.train.batch][distributed.share(config.train.batch)]
     loss = train.train_step(trained, optimiser, mine, 3, config)
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

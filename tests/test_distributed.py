@@ -24,6 +24,7 @@ import models
 from attnbench import checkpoint, distributed, evaluate, train
 from attnbench.config import RunConfig
 from attnbench.errors import Refusal
+from attnbench.optimiser import make_optimiser
 from tests import ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,7 +195,7 @@ def test_recomputation_computes_again() -> None:
         seen: list[int] = []
         for block in model.blocks:
             block.attention.mixer.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
-        train.train_step(model, train.make_optimiser(model, config), ranks.images()[:8], 0, config)
+        train.train_step(model, make_optimiser(model, config), ranks.images()[:8], 0, config)
         assert len(seen) == runs
         with torch.no_grad():
             model(ranks.images()[:8])

@@ -15,6 +15,7 @@ from attnbench import measure, plan, predict, trace, train
 from attnbench.config import ModelConfig, RunConfig, TrainConfig
 from attnbench.errors import Refusal
 from attnbench.measure import Request
+from attnbench.optimiser import make_optimiser
 
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the meter is /proc's")
 SIDES = ((8, 128), (16, 32), (32, 8))
@@ -42,7 +43,7 @@ def test_counts_as_torchs_own_tracker(variant: str) -> None:
         tokens = torch.zeros((2, 8, 8), dtype=torch.long)
         with MemTracker() as tracker:
             model = train.make_model(request.config, *request.shape)
-            optimiser = train.make_optimiser(model, request.config)
+            optimiser = make_optimiser(model, request.config)
             for step in range(2):
                 train.train_step(model, optimiser, tokens, step, request.config)
                 tracker.reset_mod_stats()

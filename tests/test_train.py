@@ -13,6 +13,7 @@ import torch
 import models
 from attnbench import train
 from attnbench.config import RunConfig
+from attnbench.optimiser import make_optimiser
 
 QUICK = {"steps": 12, "batch": 8, "validate_every": 4, "checkpoint_every": 4, "precision": "float32", "warmup": 3}
 
@@ -104,7 +105,7 @@ def test_accumulated_parts_give_the_whole_batch_gradient() -> None:
         settings = config("local2d", accumulate=parts)
         model: Any = train.make_model(settings, 3, 5, 5)
         torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(1))
-        optimiser = train.make_optimiser(model, settings)
+        optimiser = make_optimiser(model, settings)
         losses.append([float(train.train_step(model, optimiser, tokens()[:8], step, settings)) for step in range(6)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0][0] != losses[0][-1]
