@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnbench.clock import Stopwatch
 from attnbench.config import RunConfig, threads
-from attnbench.optimiser import make_optimiser
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -331,6 +330,7 @@ def _measure_time(told: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from attnbench import train
+    from attnbench.optimiser import make_optimiser
 
     request, share = Request.parse(told), told["budget"] / 3
     config = request.config
@@ -450,6 +450,7 @@ def _batches(request: Request) -> list[Batch]:
 def _train(request: Request, batches: list[Batch]) -> None:
     """Build the model and its optimiser, and train a step on each batch."""
     from attnbench import train
+    from attnbench.optimiser import make_optimiser
 
     model = train.make_model(request.config, *request.shape)
     optimiser = make_optimiser(model, request.config)

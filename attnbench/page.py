@@ -15,8 +15,8 @@ import pandas as pd
 from attnbench import figures, frame, tables
 from attnbench.verdicts import CLAIMS, Verdict, texts
 
-PICTURE_BYTES = 2_000_000
-"""What the inlined pictures may take together, so that the page stays under 5 MB."""
+PICTURE_BYTES = 1_000_000
+"""What the inlined pictures may take together: a page of a thousand runs stays under 3 MB."""
 MOST_MAPS = 24
 MOST_ROWS = 400
 """Of a table; all of them are in its CSV. The table of every run has them all."""

@@ -24,6 +24,7 @@ from torch import nn
 
 from attnbench import trace
 from attnbench.measure import Request
+from models.mixer import Mixer
 
 PERIODS = (1, 2, 3, 4, 5, 6, 8)
 """After so many layers the kinds of layer may repeat."""
@@ -168,16 +169,22 @@ def _counted(request: Request) -> Figures:
 def _small_heights(request: Request, rows: int, slots: int) -> list[int]:
     """Three heights below the request's, or none, of `slots` slots at least, and each of as many more than the last.
 
-    They leave the same rest as the request's height in `rows` and in the rows that fill chunks of slots.
+    They leave the same rest as the request's height in `rows` and in the rows that fill the units of the mixers' loops,
+    of which each height has at least two.
     """
-    model = request.config.model
-    chunk = max(64, 1 << (model.dim // model.heads - 1).bit_length())  # as recurrences take for wide heads
-    stride = lcm(rows, chunk // gcd(request.width, chunk))
-    stride *= -(-slots // (stride * request.width))
+    unit, width = _unit(request), request.width
+    stride = lcm(rows, unit // gcd(width, unit))
+    slots = max(slots, 2 * unit)
+    stride *= -(-slots // (stride * width))
     first = request.height % stride
-    first += stride if first < max(rows, -(-slots // request.width)) else 0
+    first += stride if first < max(rows, -(-slots // width)) else 0
     heights = [first, first + stride, first + 2 * stride]
     return heights if heights[-1] < request.height else []
+
+
+def _unit(request: Request) -> int:
+    """Slots that all the mixers' loops over the sequence take a whole number of times."""
+    return lcm(*(module.unit for module in trace.build(request).modules() if isinstance(module, Mixer)))
 
 
 # --- from few layers to many ------------------------------------------------------------------------------------------

@@ -84,6 +84,7 @@ class Decay2D(Recurrent):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of pixels, at least 1, not {value!r}")
         self.band, self.strip = evened(layer.scan.grid.height, band), evened(layer.scan.grid.width, strip)
+        self.unit = self.band * layer.scan.grid.width
         head = torch.arange(layer.heads, dtype=torch.get_default_dtype())
         rates = (-torch.log1p(-(2.0 ** (-1 - head)))).log().repeat(2, 1)
         if learned:

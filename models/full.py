@@ -50,6 +50,10 @@ class Dense(ExactMixer):
 
     backends = ("compiled", "sdpa", "blocked", "flex", "xformers", "math")
 
+    @property
+    def unit(self) -> int:  # type: ignore[override]
+        return BLOCK if self.backend == "blocked" else 1
+
     def refusals(self, backend: str) -> list[str]:
         if backend == "xformers":
             return backends.xformers_reasons(self.layer.scan, None, self.layer.biased)

@@ -255,13 +255,16 @@ class Based(Linear):
         alone = min(256, width + 64)
         super().__init__(layer, chunk=layer.size if chunk == 0 and layer.size <= alone else chunk)
         self.width = width
-        self.group = -(-max(self.width, 512) // self.chunk) * self.chunk
+        self.group = self.unit = -(-max(self.width, 512) // self.chunk) * self.chunk
 
     def feature(self, x: Tensor, first: int = 0) -> Tensor:
         x = x * self.layer.head_dim**-0.25
-        own = x * 0.5**0.5  # a square stands once in the sum over pairs, a product twice
-        squares = [x[..., i, None] * torch.cat([own[..., i, None], x[..., i + 1 :]], -1) for i in range(x.shape[-1])]
-        return torch.cat([torch.ones_like(x[..., :1]), x, *squares], dim=-1)
+        d, around = x.shape[-1], torch.cat([x, x[..., : x.shape[-1] // 2]], dim=-1)
+        # Channel pairs by their distance around a circle of channels; those half of it apart would come up twice.
+        pairs = [x * around[..., o : o + d] for o in range(1, (d + 1) // 2)]
+        pairs += [x[..., : d // 2] * x[..., d // 2 :]] if d % 2 == 0 else []
+        # A square stands once in the sum over pairs, a product twice.
+        return torch.cat([torch.ones_like(x[..., :1]), x, x * x * 0.5**0.5, *pairs], dim=-1)
 
     def parallel(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
         pieces = [x.split(self.group, dim=2) for x in (q, k, _with_ones(v))]

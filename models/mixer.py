@@ -47,9 +47,11 @@ class Mixer(nn.Module):
     gates: how many input-dependent channels a head the trunk shall project for it.
     carries: which positional encodings it can carry: "embed" (added to the input), "rotate", "bias".
     backends: the implementations it has, the fastest first.
+    unit: slots that a loop over the sequence takes at a time; from a few of them on, memory is linear in their number.
     """
 
     gates: int = 0
+    unit: int = 1
     carries: ClassVar[frozenset[str]] = frozenset({"embed"})
     backends: ClassVar[tuple[str, ...]] = ("math",)
 

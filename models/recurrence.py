@@ -46,7 +46,7 @@ class Recurrent(Mixer):
         super().__init__(layer)
         if not isinstance(chunk, int) or chunk < 0:
             raise ValueError(f"chunk must be a whole number of slots, or 0 for a fitting one, not {chunk!r}")
-        self.chunk = chunk or max(32, 1 << (layer.head_dim - 1).bit_length())
+        self.chunk = self.unit = chunk or max(32, 1 << (layer.head_dim - 1).bit_length())
 
     def parallel(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
         """The whole sequence at once; extras: `gates`, if asked for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import models
-from attnbench import cli, experiment, sample
+from attnbench import cli, experiment, pictures, sample
 from attnbench.config import RunConfig
 from attnbench.draw import draw
 from attnbench.errors import Refusal
+
+
+@pytest.mark.parametrize("colours", [2, 17, 256, 5000])
+def test_a_sheet_keeps_every_colour(colours: int) -> None:
+    chosen = np.random.default_rng(0)
+    palette = chosen.integers(0, 256, (colours, 3), dtype=np.uint8)
+    images = palette[chosen.integers(0, colours, (1, pictures.EDGE, pictures.EDGE))]
+    with Image.open(io.BytesIO(pictures.sheet([images]))) as read:
+        drawn = np.asarray(read.convert("RGB"))[pictures.GAP :, pictures.GAP :]
+    assert np.array_equal(drawn[: pictures.EDGE, : pictures.EDGE], images[0])
 
 
 @pytest.mark.parametrize("scan", ["raster", "column", "hilbert"])
@@ -33,9 +44,9 @@ def test_the_first_pixels_along_the_scan_are_kept(scan: str) -> None:
 def test_the_same_generator_draws_the_same_pictures() -> None:
     torch.manual_seed(0)
     model: Any = models.build("local2d", height=3, width=5, vocab=4, dim=16, depth=1, heads=2)
-    pictures = [draw(model, 2, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
-    assert torch.equal(pictures[0], pictures[1])
-    assert not torch.equal(pictures[0], pictures[2])
+    drawn = [draw(model, 2, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_a_low_temperature_draws_the_likeliest() -> None:
@@ -55,7 +66,7 @@ def test_the_command_draws_from_a_record(tmp_path: Path) -> None:
     for arguments in ([], ["--complete", "0.5"]):
         out = tmp_path / f"sheet{len(arguments)}.png"
         assert sample.main([str(path), "--count", "4", "--out", str(out), *arguments]) == 0
-        assert np.asarray(Image.open(out)).std() > 10
+        assert np.asarray(Image.open(out).convert("L")).std() > 10
     with pytest.raises(Refusal, match="cannot be read"):
         sample.main([str(tmp_path / "nothing.json")])
 
