@@ -51,7 +51,8 @@ NODE = 1000
 
 PROCESS = 2**19
 """Bytes by which a process that trains on CPU grows beside its tensors: measured, as what was left of the peaks of
-small models, 0.36 to 0.87 million (median of eleven 0.54), whatever the model, its size or its batch."""
+small models, 0.36 to 0.87 million (median of eleven 0.54), whatever the model, its size or its batch. Not where layers
+are no blocks of one kind: measure.py has then rehearsed with the whole model."""
 
 CUDA_BLOCK = 512
 """The allocator on CUDA gives memory in blocks of this size."""
@@ -104,8 +105,6 @@ class Meter(TorchDispatchMode):
         self._most: Counter[str] = Counter()
         self._layered = False
         self._total = self._peak = self._nodes = 0
-        if device == "cpu":
-            self._count("overhead", PROCESS)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
@@ -128,6 +127,8 @@ class Meter(TorchDispatchMode):
 
     def watch(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
         """Learns what is a parameter, and is told when forward begins, a gradient is ready, the update begins."""
+        if self._device == "cpu" and hasattr(model, "blocks"):
+            self._count("overhead", PROCESS)
         for parameter, names in zip(model.parameters(), _names([n for n, _ in model.named_parameters()]), strict=True):
             parameter.register_post_accumulate_grad_hook(partial(self._ready, names))
         model.register_forward_pre_hook(lambda *_: self.enter("forward"))
