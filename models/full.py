@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import backends, geometry, kernels
-from .geometry import Predicate
-from .mixer import ExactMixer, ScoreBias
+from .geometry import Offsets, Predicate
+from .mixer import ExactMixer, Layer, ScoreBias
 from .registry import variant
 
 _IGPT = "Chen et al., Generative Pretraining from Pixels, ICML 2020"
@@ -42,13 +42,18 @@ dense = partial(variant, family="dense", time="O(n²)", memory="O(n)")
 class Dense(ExactMixer):
     """softmax(QKᵀ/√d)V.
 
-    "compiled": a C++ kernel for CPU, O(n) memory, without a bias.  "sdpa": a fused kernel, O(n) memory, but a bias on
-    the scores is laid out, n² values a head, and kept for the backward pass.  "blocked": runs of 128 queries, whose
-    scores and bias are made again in the backward pass and so are never kept for longer than the run; what "auto" takes
-    where there is a bias.  "math": the n² scores laid out.
+    "compiled": a C++ kernel for CPU, O(n) memory, a bias by offset at most.  "sdpa": a fused kernel, O(n) memory, but
+    a bias on the scores is laid out, n² values a head, and kept for the backward pass.  "blocked": runs of 128 queries,
+    whose scores and bias are made again in the backward pass and so are never kept for longer than the run; with a bias
+    "auto" takes it before "sdpa".  "math": the n² scores laid out.
     """
 
     backends = ("compiled", "sdpa", "blocked", "flex", "xformers", "math")
+
+    def __init__(self, layer: Layer) -> None:
+        if layer.biased:
+            self.backends = ("compiled", "blocked", "sdpa", "flex", "xformers", "math")
+        super().__init__(layer)
 
     @property
     def unit(self) -> int:  # type: ignore[override]
@@ -58,12 +63,10 @@ class Dense(ExactMixer):
         if backend == "xformers":
             return backends.xformers_reasons(self.layer.scan, None, self.layer.biased)
         if backend == "compiled":
-            biased = ["adds no bias to the scores"] if self.layer.biased else []
-            return biased + [reason for reason in [kernels.missing("full")] if reason]
+            unfit = self.layer.biased and not self.layer.by_offset
+            reasons = ["adds a bias to the scores by (Δrow, Δcol) only"] if unfit else []
+            return reasons + [reason for reason in [kernels.missing("full")] if reason]
         return [] if backend == "blocked" else super().refusals(backend)
-
-    def _choose_backend(self, wanted: str) -> str:
-        return super()._choose_backend("blocked" if wanted == "auto" and self.layer.biased else wanted)
 
     def visible(self) -> Predicate:
         return geometry.everything(self.layer.scan)
@@ -73,8 +76,8 @@ class Dense(ExactMixer):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> Tensor:
         scan = self.layer.scan
-        if bias is None and kernels.serves(self, q, k, v):
-            return kernels.full(q, k, v, scan.causal)
+        if kernels.serves(self, q, k, v):
+            return kernels.full(q, k, v, scan.causal, *self._by_offset(bias))
         if self.backend == "sdpa" and bias is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=scan.causal)
         if self.backend == "sdpa":
@@ -82,6 +85,17 @@ class Dense(ExactMixer):
         if self.backend == "xformers":
             return backends.xformers(q, k, v, backends.xformers_bias(scan, None))
         return super().forward(q, k, v, bias)
+
+    @cached_property
+    def _offsets(self) -> Offsets:
+        return geometry.offsets(self.layer.scan)
+
+    def _by_offset(self, bias: ScoreBias | None) -> tuple[Tensor, ...]:
+        """The bias as the kernel takes it."""
+        if bias is None:
+            return ()
+        query, key, target, content = self._offsets
+        return bias(query, key), target, content
 
     def _blocked(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None) -> Tensor:
         if q.shape[2] <= BLOCK:

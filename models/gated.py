@@ -12,7 +12,6 @@ state (batch, heads, head_dim, head_dim).
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ gated = partial(variant, family="gated", time="O(n·d²)", memory="O(n·d)", obj
 class Fading(Recurrent):
     """Base: S_t = exp(log_decay_t) ∘ S_{t-1} + k_t v_tᵀ, out_t = q_t S_t / √d, root mean square 1."""
 
-    backends: ClassVar[tuple[str, ...]] = ("blocked", "fla")
+    backends: tuple[str, ...] = ("blocked", "fla")
     fla_limit = 0
     """Channels of the widest head that the kernel of flash-linear-attention takes; 0 for any."""
 

@@ -126,6 +126,35 @@ class Scan:
         return (slot == 0) if self.causal else torch.zeros_like(slot, dtype=torch.bool)
 
 
+class Offsets(NamedTuple):
+    """Every (Δrow, Δcol) of a grid by a number: that of query s and key t is target[s] - content[t], where key t is no
+    start token; the last number is the start token's.
+
+    query, key: a pair of slots, int64 (offsets + 1,) each, that stand so.  target, content: int32 (n,) each.
+    """
+
+    query: Tensor
+    key: Tensor
+    target: Tensor
+    content: Tensor
+
+
+def offsets(scan: Scan) -> Offsets:
+    """All offsets of a scan's grid, (2·height - 1)·(2·width - 1) of them and the start token's."""
+    height, width = scan.grid.height, scan.grid.width
+    down, right = torch.meshgrid(torch.arange(1 - height, height), torch.arange(1 - width, width), indexing="ij")
+
+    def pixel(row: Tensor, col: Tensor) -> Tensor:
+        return scan.rank[(row.clamp(min=0) * width + col.clamp(min=0)).flatten()]
+
+    first = torch.zeros(1, dtype=torch.long)
+    query, key = pixel(down, right), pixel(-down, -right) + int(scan.causal)  # a pixel is held one slot later
+    (row, col), (key_row, key_col) = scan.target(slot := torch.arange(scan.grid.size)), scan.content(slot)
+    target, content = ((r * (2 * width - 1) + c).int() for r, c in ((row, col), (key_row, key_col)))
+    middle = (height - 1) * (2 * width - 1) + width - 1
+    return Offsets(torch.cat([query, first]), torch.cat([key, first]), target + middle, content)
+
+
 def everything(scan: Scan) -> Predicate:
     """All that the objective allows: every earlier pixel ("ar"), or every pixel ("bert")."""
     if scan.causal:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ class Linear(Recurrent):
     """
 
     carries = frozenset({"embed"})  # φ(q)·φ(k) of rotated queries and keys would not depend on the offset alone
-    backends: ClassVar[tuple[str, ...]] = ("compiled", "blocked", "fla")
+    backends: tuple[str, ...] = ("compiled", "blocked", "fla")
     floor = 1e-6
 
     def __init__(self, layer: Layer, *, chunk: int = 0) -> None:

@@ -53,7 +53,7 @@ class Mixer(nn.Module):
     gates: int = 0
     unit: int = 1
     carries: ClassVar[frozenset[str]] = frozenset({"embed"})
-    backends: ClassVar[tuple[str, ...]] = ("math",)
+    backends: tuple[str, ...] = ("math",)
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class ExactMixer(Mixer):
     """
 
     carries = frozenset({"embed", "rotate", "bias"})
-    backends: ClassVar[tuple[str, ...]] = ("blocked", "flex", "math")
+    backends: tuple[str, ...] = ("blocked", "flex", "math")
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)

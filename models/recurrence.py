@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ class Recurrent(Mixer):
     """
 
     carries = frozenset({"embed", "rotate"})
-    backends: ClassVar[tuple[str, ...]] = ("blocked",)
+    backends: tuple[str, ...] = ("blocked",)
 
     def __init__(self, layer: Layer, *, chunk: int = 0) -> None:
         super().__init__(layer)

@@ -112,7 +112,8 @@ def test_where_there_is_cuda_a_library_is_checked_in_low_precision(monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         model = Subject("dense-relbias2d").build(7, 11, dim=32, backend="flex")
-        assert {name for mixer in model.mixers for name in checks.backends(mixer)} == {"sdpa", "blocked", "math"}
+        names = {name for mixer in model.mixers for name in checks.backends(mixer)}
+        assert names - {"compiled"} == {"sdpa", "blocked", "math"}
     assert 0 < checks._off_by(model, torch.bfloat16, 0.1) < 0.1
     with pytest.raises(AssertionError, match=r"bfloat16 flex: off by .*, allowed 1e-06"):
         checks._off_by(model, torch.bfloat16, 1e-6)

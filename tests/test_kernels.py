@@ -164,6 +164,64 @@ def test_full_equals_its_oracle(seq: int, causal: bool, dtype: torch.dtype) -> N
         assert_same(lambda q, k, v: kernels.full(q, k, v, causal), square(seq, causal), *inputs(2, 3, seq, dim, dtype))
 
 
+def by_offset(table: Tensor, scan: Scan, mirrored: bool = False) -> Attend:
+    """The oracle of full with a bias: table (heads, 2·height - 1, 2·width - 1) by (Δrow, Δcol), its corner the start
+    token's too; or, wrongly, mirrored from left to right."""
+    height, width = scan.grid.height, scan.grid.width
+    slot = torch.arange(scan.grid.size)
+    (row, col), (key_row, key_col) = scan.target(slot), scan.content(slot)
+    right = (col[:, None] - key_col) * (-1 if mirrored else 1)
+    scores = table[:, row[:, None] - key_row + height - 1, (right + width - 1).clamp(max=2 * width - 2)]
+    scores = torch.where(scan.is_start(slot), table[:, :1, :1], scores)
+    seen = geometry.matrix(geometry.everything(scan), scan.grid.size)
+    return lambda q, k, v: reference.softmax_attention(q, k, v, seen, scores)
+
+
+def biased(table: Tensor, scan: Scan) -> Attend:
+    """The kernel with the same table."""
+    _, _, target, content = geometry.offsets(scan)
+    bias = torch.cat([table.flatten(1), table[:, 0, :1]], dim=1)
+    return lambda q, k, v: kernels.full(q, k, v, scan.causal, bias, target, content)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("objective", ["ar", "bert"])
+@pytest.mark.parametrize("order", ["raster", "hilbert", "random"])
+@pytest.mark.parametrize(("height", "width"), [*GRIDS, (4, 33)])
+def test_full_with_a_bias_by_offset_equals_its_oracle(
+    height: int, width: int, order: str, objective: str, dtype: torch.dtype
+) -> None:
+    scan = Scan(Grid(height, width), objective, order)
+    given = inputs(2, 3, height * width, 5, dtype)
+    table = torch.randn(3, 2 * height - 1, 2 * width - 1, dtype=dtype, requires_grad=True)
+    forward, backward = TOLERANCES[dtype]
+    fast, slow = biased(table, scan)(*given), by_offset(table, scan)(*given)
+    assert_close(fast, slow, rtol=forward, atol=forward)
+    upstream = torch.randn_like(slow)
+    for got, want in zip(*(torch.autograd.grad(x, (*given, table), upstream) for x in (fast, slow)), strict=True):
+        assert_close(got, want, rtol=backward, atol=backward)
+
+
+@needs_compiler
+def test_full_notices_a_mirrored_bias_and_bears_a_great_one() -> None:
+    scan, table = Scan(Grid(5, 7)), torch.randn(1, 9, 13, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_same(biased(table, scan), by_offset(table, scan, mirrored=True), *inputs(1, 1, 35, 5))
+    assert_same(biased(table * 1e4, scan), by_offset(table * 1e4, scan), *inputs(1, 1, 35, 5))
+
+
+@needs_compiler
+@pytest.mark.parametrize("order", ["raster", "snake", "column"])
+def test_offsets_are_those_of_their_pairs(order: str) -> None:
+    for objective in ("ar", "bert"):
+        scan = Scan(Grid(3, 5), objective, order)
+        query, key, target, content = geometry.offsets(scan)
+        offset = target[query[:-1]] - content[key[:-1].clamp(max=14)]
+        held = key[:-1] < 15  # no slot holds the last pixel
+        assert torch.equal(offset[held].long(), torch.arange(45)[held])
+
+
 @needs_compiler
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_full_with_a_shifted_mask_is_noticed(shift: int) -> None:
@@ -268,7 +326,10 @@ def test_auto_takes_the_kernel_and_refuses_it_with_every_reason() -> None:
     assert Local2D(Layer(Scan(Grid(3, 5)), 2, 4)).backend == "compiled"
     assert Linear(Layer(Scan(Grid(3, 5)), 2, 4)).backend == "compiled"
     assert Dense(Layer(Scan(Grid(3, 5), "bert", "hilbert"), 2, 4)).backend == "compiled"
-    assert Dense(Layer(Scan(Grid(3, 5)), 2, 4, biased=True)).refusals("compiled") == ["adds no bias to the scores"]
+    assert Dense(Layer(Scan(Grid(3, 5)), 2, 4, biased=True, by_offset=True)).backend == "compiled"
+    dense = Dense(Layer(Scan(Grid(3, 5)), 2, 4, biased=True))
+    assert dense.backend == "blocked"
+    assert dense.refusals("compiled") == ["adds a bias to the scores by (Δrow, Δcol) only"]
     mixer = Local2D(Layer(Scan(Grid(3, 5), "bert", "column"), 2, 4, biased=True))
     assert mixer.backend == "blocked"
     assert [reason.split()[0] for reason in mixer.refusals("compiled")] == ["serves", "reads", "adds"]

@@ -6,6 +6,10 @@
 //     scores: K·Qᵀ     out: Vᵀ·P     dP: V·dOᵀ     dQ: Kᵀ·dS     dV: P·dO     dK: dS·Q
 // Of the square on the diagonal only what lies on or before it is computed, in steps of one vector of queries.
 // The backward pass computes the weights again: O(n·dim) memory.  Rounding depends on the shape alone.
+//
+// A bias by offset is a table of `offsets` numbers a head, and one for key 0 where there is a start token.  The score of
+// query s and key t has the number target[s] - content[t]: of neighbouring queries in one row, neighbouring numbers.  So
+// a vector of queries is cut into runs, and each run is one load of the table, or one sum into the table's gradient.
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -19,11 +23,26 @@
 namespace {
 
 struct Problem {
-    int64_t batch, heads, seq, dim, causal;
+    int64_t batch, heads, seq, dim, causal, offsets;
     double scale;  // of the scores: 1/√dim
 };
 
+// numbers (heads, offsets + 1), the last of each head that of the start token; none without a bias.
+template <typename T> struct Bias {
+    const T* numbers;
+    const int32_t *target, *content;  // (seq)
+    explicit Bias(void** at)
+        : numbers(static_cast<T*>(at[0])), target(static_cast<int32_t*>(at[1])), content(static_cast<int32_t*>(at[2])) {}
+};
+
+// Lanes from `lane` on have the table's numbers from `from` on, were it lane 0's.
+struct Run {
+    int lane;
+    int32_t from;
+};
+
 constexpr int BLOCK = 64;  // queries, and keys, of a square
+constexpr double LOG2E = 1.4426950408889634074;
 
 template <typename T> struct Worker {
     using P = Product<T>;
@@ -35,17 +54,21 @@ template <typename T> struct Worker {
     const int64_t e;  // dim in whole vectors
     const T scale;    // of the scores, which are in powers of two
     std::vector<T> memory;
-    T *qt, *gt, *q, *g, *yt, *weights, *slopes, *peak, *mass, *delta;
+    T *qt, *gt, *q, *g, *yt, *weights, *slopes, *peak, *mass, *delta, *table, *changes;
+    T start = 0, start_change = 0;
+    Run runs[VECTORS][LANES];
+    int count_of[VECTORS];  // runs of each vector
 
     Worker(const Problem& p, bool backward)
-        : p(p), e((p.dim + LANES - 1) / LANES * LANES), scale(T(1.4426950408889634074 * p.scale)) {
-        int64_t turned = e * BLOCK, square = BLOCK * BLOCK;
-        memory.resize((backward ? 5 : 2) * turned + (backward ? 2 : 1) * square + 3 * BLOCK);
+        : p(p), e((p.dim + LANES - 1) / LANES * LANES), scale(T(LOG2E * p.scale)) {
+        int64_t turned = e * BLOCK, square = BLOCK * BLOCK, padded = p.offsets + 2 * BLOCK;
+        memory.resize((backward ? 5 : 2) * turned + (backward ? 2 : 1) * (square + padded) + 3 * BLOCK);
         T* at = memory.data();
         auto take = [&at](int64_t count) { T* got = at; at += count; return got; };
         qt = take(turned), yt = take(turned), weights = take(square);
         peak = take(BLOCK), mass = take(BLOCK), delta = take(BLOCK);
-        if (backward) gt = take(turned), q = take(turned), g = take(turned), slopes = take(square);
+        table = take(padded) + BLOCK;
+        if (backward) gt = take(turned), q = take(turned), g = take(turned), slopes = take(square), changes = take(padded) + BLOCK;
     }
 
     // `count` slots as rows of e numbers, as columns of BLOCK, or both; what is missing is zero.
@@ -110,6 +133,63 @@ template <typename T> struct Worker {
                     to + t * stride, stride);
     }
 
+    void take_bias(const Bias<T>& bias, int64_t h) {
+        if (!bias.numbers) return;
+        const T* from = bias.numbers + h * (p.offsets + 1);
+        for (int64_t i = 0; i < p.offsets; i++) table[i] = from[i] * T(LOG2E);
+        start = from[p.offsets] * T(LOG2E);
+    }
+
+    void take_runs(const Bias<T>& bias, int64_t first, int64_t count) {
+        if (!bias.numbers) return;
+        for (int n = 0; n < VECTORS; n++) {
+            runs[n][0] = {0, bias.target[first + count - 1]}, count_of[n] = 1;  // where all lanes are beyond the sequence
+            for (int i = 0; i < LANES && n * LANES + i < count; i++) {
+                const int32_t* at = bias.target + first + n * LANES + i;
+                if (i == 0) count_of[n] = 0;
+                if (i == 0 || at[0] != at[-1] + 1) runs[n][count_of[n]++] = {i, at[0] - i};
+            }
+        }
+    }
+
+    // Adds to the scores of a square, whose first key is `key`, what the bias has for them.
+    void add_bias(bool diagonal, int64_t key, int64_t keys, const Bias<T>& bias) const {
+        parts(diagonal, keys, [&](int64_t first, int64_t vectors, int64_t count) {
+            for (int64_t j = 0; j < count; j++)
+                for (int64_t n = first; n < first + vectors; n++) {
+                    const T* from = table - bias.content[key + j];
+                    V more = S::load(from + runs[n][0].from);
+                    for (int r = 1; r < count_of[n]; r++)
+                        more = lane_numbers() >= T(runs[n][r].lane) ? S::load(from + runs[n][r].from) : more;
+                    if (p.causal && key + j == 0) more = S::fill(start);
+                    T* at = weights + j * BLOCK + n * LANES;
+                    S::store(at, S::load(at) + more);
+                }
+        });
+    }
+
+    // The table's gradient, times 1/√dim, from the slopes of a square.
+    void change(bool diagonal, int64_t key, int64_t keys, const Bias<T>& bias) {
+        parts(diagonal, keys, [&](int64_t first, int64_t vectors, int64_t count) {
+            for (int64_t j = 0; j < count; j++)
+                for (int64_t n = first; n < first + vectors; n++) {
+                    V slope = S::load(slopes + j * BLOCK + n * LANES);
+                    if (p.causal && key + j == 0) { start_change += S::sum(slope); continue; }
+                    T* to = changes - bias.content[key + j];
+                    for (int r = 0; r < count_of[n]; r++) {
+                        V own = lane_numbers() >= T(runs[n][r].lane) ? slope : V{};
+                        if (r + 1 < count_of[n]) own = lane_numbers() < T(runs[n][r + 1].lane) ? own : V{};
+                        S::store(to + runs[n][r].from, S::load(to + runs[n][r].from) + own);
+                    }
+                }
+        });
+    }
+
+    void put_changes(T* to) const {
+        for (int64_t i = 0; i < p.offsets; i++) to[i] = changes[i] / T(p.scale);
+        to[p.offsets] = start_change / T(p.scale);
+    }
+
     // Scores of a vector of queries to weights: exp2(score - peak), 0 for keys beyond `seen`; those computed are masked.
     INLINE V weight(T* at, V top, int64_t key, int64_t vector, bool diagonal) const {
         V w = S::exp2(S::load(at) - top);
@@ -119,8 +199,9 @@ template <typename T> struct Worker {
     }
 
     // One square more for the running maximum, mass and sum.
-    void attend(bool diagonal, int64_t keys, const T* k, int64_t k_stride, const T* v, int64_t v_stride) const {
-        scores(diagonal, keys, k, k_stride, qt, weights);
+    void attend(bool diagonal, int64_t key, int64_t keys, const View<T> (&in)[3], int64_t b, int64_t h, const Bias<T>& bias) const {
+        scores(diagonal, keys, in[1].at(b, h) + key * in[1].slot, in[1].slot, qt, weights);
+        if (bias.numbers) add_bias(diagonal, key, keys, bias);
         parts(diagonal, keys, [&](int64_t first, int64_t vectors, int64_t count) {
             for (int64_t n = first; n < first + vectors; n++) {
                 T* at = weights + n * LANES;
@@ -137,7 +218,7 @@ template <typename T> struct Worker {
                     S::store(yt + d * BLOCK + n * LANES, S::load(yt + d * BLOCK + n * LANES) * fade);
             }
         });
-        gather(diagonal, keys, v, v_stride, weights, yt);
+        gather(diagonal, keys, in[2].at(b, h) + key * in[2].slot, in[2].slot, weights, yt);
     }
 
     // Calls square(first key, number of keys, whether on the diagonal) for all that the block of queries sees.
@@ -147,15 +228,13 @@ template <typename T> struct Worker {
         if (p.causal) square(first, std::min<int64_t>(BLOCK, p.seq - first), true);
     }
 
-    void forward(int64_t b, int64_t h, int64_t first, const View<T> (&in)[3], const View<T>& out, T* stats) const {
-        const T *k = in[1].at(b, h), *v = in[2].at(b, h);
+    void forward(int64_t b, int64_t h, int64_t first, const View<T> (&in)[3], const View<T>& out, T* stats, const Bias<T>& bias) {
         int64_t count = std::min<int64_t>(BLOCK, p.seq - first);
         take(in[0].at(b, h) + first * in[0].slot, in[0].slot, count, nullptr, qt, scale);
         std::fill_n(yt, e * BLOCK, T(0)), std::fill_n(mass, BLOCK, T(0));
         std::fill_n(peak, BLOCK, std::numeric_limits<T>::lowest());
-        squares(first, [&](int64_t key, int64_t keys, bool diagonal) {
-            attend(diagonal, keys, k + key * in[1].slot, in[1].slot, v + key * in[2].slot, in[2].slot);
-        });
+        take_bias(bias, h), take_runs(bias, first, count);
+        squares(first, [&](int64_t key, int64_t keys, bool diagonal) { attend(diagonal, key, keys, in, b, h, bias); });
         T* at = stats + (b * p.heads + h) * 2 * p.seq + first;
         for (int64_t t = 0; t < count; t++) {
             mass[t] = T(1) / mass[t];
@@ -170,7 +249,8 @@ template <typename T> struct Worker {
         take(in[0].at(b, h) + first * in[0].slot, in[0].slot, count, q, qt, scale);
         take(in[3].at(b, h) + first * in[3].slot, in[3].slot, count, g, gt, T(1));
         const T *out = in[4].at(b, h) + first * in[4].slot, *at = stats + (b * p.heads + h) * 2 * p.seq + first;
-        std::fill_n(peak, BLOCK, T(0)), std::fill_n(mass, BLOCK, T(0)), std::fill_n(delta, BLOCK, T(0));
+        // Beyond the sequence no weight: whatever the bias, it is far below this peak.
+        std::fill_n(peak, BLOCK, std::numeric_limits<T>::max() / 4), std::fill_n(mass, BLOCK, T(0)), std::fill_n(delta, BLOCK, T(0));
         for (int64_t t = 0; t < count; t++) {
             V total{};
             for (int64_t d = 0; d < p.dim; d += LANES)
@@ -196,20 +276,25 @@ template <typename T> struct Worker {
         });
     }
 
-    void backward(int64_t b, int64_t h, const View<T> (&in)[5], const View<T> (&grad)[3], const T* stats) const {
+    void backward(int64_t b, int64_t h, const View<T> (&in)[5], const View<T> (&grad)[3], const T* stats, const Bias<T>& bias) {
         const T *k = in[1].at(b, h), *v = in[2].at(b, h);
         T *dk = grad[1].at(b, h), *dv = grad[2].at(b, h), one[BLOCK];
         std::fill_n(one, BLOCK, T(1));
         for (int64_t t = 0; t < p.seq; t++)
             std::fill_n(dk + t * grad[1].slot, p.dim, T(0)), std::fill_n(dv + t * grad[2].slot, p.dim, T(0));
+        std::fill_n(changes - BLOCK, p.offsets + 2 * BLOCK, T(0)), start_change = 0;
+        take_bias(bias, h);
         for (int64_t first = 0; first < p.seq; first += BLOCK) {
             take_block(b, h, first, in, stats);
+            take_runs(bias, first, std::min<int64_t>(BLOCK, p.seq - first));
             std::fill_n(yt, e * BLOCK, T(0));
             squares(first, [&](int64_t key, int64_t keys, bool diagonal) {
                 const T *k_at = k + key * in[1].slot, *v_at = v + key * in[2].slot;
                 scores(diagonal, keys, k_at, in[1].slot, qt, weights);
+                if (bias.numbers) add_bias(diagonal, key, keys, bias);
                 scores(diagonal, keys, v_at, in[2].slot, gt, slopes);
                 slope(diagonal, keys);
+                if (bias.numbers) change(diagonal, key, keys, bias);
                 scatter(diagonal, keys, weights, g, dv + key * grad[2].slot, grad[2].slot);
                 scatter(diagonal, keys, slopes, q, dk + key * grad[1].slot, grad[1].slot);
                 gather(diagonal, keys, k_at, in[1].slot, slopes, yt);
@@ -244,7 +329,7 @@ template <typename T> int forward(const Problem& p, int threads, void** at, cons
     int64_t images = p.batch * p.heads, blocks = (p.seq + BLOCK - 1) / BLOCK;
     return run<T>(p, false, threads, images * blocks, [&](Worker<T>& worker, int64_t job) {
         int64_t image = job % images, block = blocks - 1 - job / images;  // the longest first
-        worker.forward(image / p.heads, image % p.heads, block * BLOCK, in, out, static_cast<T*>(at[4]));
+        worker.forward(image / p.heads, image % p.heads, block * BLOCK, in, out, static_cast<T*>(at[4]), Bias<T>(at + 5));
     });
 }
 
@@ -252,18 +337,20 @@ template <typename T> int backward(const Problem& p, int threads, void** at, con
     View<T> in[5] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}, {at[3], strides[3]}, {at[4], strides[4]}};
     View<T> grad[3] = {{at[5], strides[5]}, {at[6], strides[6]}, {at[7], strides[7]}};
     return run<T>(p, true, threads, p.batch * p.heads, [&](Worker<T>& worker, int64_t job) {
-        worker.backward(job / p.heads, job % p.heads, in, grad, static_cast<const T*>(at[8]));
+        worker.backward(job / p.heads, job % p.heads, in, grad, static_cast<const T*>(at[8]), Bias<T>(at + 9));
+        if (p.offsets) worker.put_changes(static_cast<T*>(at[12]) + job * (p.offsets + 1));
     });
 }
 
 }  // namespace
 
-// shape: batch, heads, seq, dim, causal; then the scale of scores.  Returns 0, or 1 where memory does not suffice.
-// forward: q, k, v, out, stats (batch, heads, 2, seq).  backward: q, k, v, gradient of out, out, dq, dk, dv, stats.
+// shape: batch, heads, seq, dim, causal, offsets; then the scale of scores.  Returns 0, or 1 where memory does not suffice.
+// forward: q, k, v, out, stats (batch, heads, 2, seq); bias, target, content.
+// backward: q, k, v, gradient of out, out, dq, dk, dv, stats; bias, target, content, its gradient (batch, heads, offsets + 1).
 #define EXPORT(name, T, type)                                                                                       \
     extern "C" int full_##name##_##type(const int64_t* s, double scale, int threads, void** at,                   \
                                          const int64_t (*strides)[3]) {                                            \
-        Problem p{s[0], s[1], s[2], s[3], s[4], scale};                                                            \
+        Problem p{s[0], s[1], s[2], s[3], s[4], s[5], scale};                                                      \
         return name<T>(p, threads, at, strides);                                                                    \
     }
 EXPORT(forward, float, float32)

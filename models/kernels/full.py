@@ -1,7 +1,8 @@
 """Dense softmax attention on CPU (full.cpp) as a torch operator: eager, under autograd, fake tensors, torch.compile.
 
 Shapes: q, k, v, out (batch, heads, seq, head_dim); stats (batch, heads, 2, seq): of each query the greatest score, in
-powers of two, and 1 / Σ of the weights, from which the backward pass computes them again.
+powers of two, and 1 / Σ of the weights, from which the backward pass computes them again; bias (heads, offsets + 1),
+added to the score of query s and key t at target[s] - content[t], both int32 (seq,), at -1 to that of the start token.
 """
 
 from __future__ import annotations
@@ -15,51 +16,79 @@ from .compiler import call
 from .layout import dense, like
 
 
-def full(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """softmax(QKᵀ/√d)V over all keys, or with `causal` over those no later than the query.
+def full(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None = None,
+    target: Tensor | None = None, content: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """softmax(QKᵀ/√d + bias)V over all keys, or with `causal` over those no later than the query, of which key 0 is the
+    start token.  target and content go with the bias (geometry.offsets).
 
     float32 or float64 on CPU.  The result lies in memory as (batch, seq, heads, head_dim).
     """
-    return _Full.apply(q, k, v, causal)
+    return _Full.apply(q, k, v, bias, target, content, causal)
 
 
 @torch.library.custom_op("attnbench::full", mutates_args=(), device_types="cpu")
-def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    out, stats = _shapes(q, k, v, causal)
-    call("full", "full_forward", (*q.shape, causal), q.shape[3] ** -0.5, dense(q), dense(k), dense(v), out, stats)
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, target: Tensor | None, content: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    out, stats = _shapes(q, k, v, bias, target, content, causal)
+    given = dense(q), dense(k), dense(v), out, stats, *_numbers(q, bias, target, content)
+    call("full", "full_forward", _shape(q, causal, bias), q.shape[3] ** -0.5, *given)
     return out, stats
 
 
 @_forward.register_fake
-def _shapes(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def _shapes(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, target: Tensor | None, content: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
     return like(q), q.new_empty(q.shape[0], q.shape[1], 2, q.shape[2])
 
 
 @torch.library.custom_op("attnbench::full_backward", mutates_args=(), device_types="cpu")
 def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = like(q), like(k), like(v)
-    given = (dense(x) for x in (q, k, v, grad, out))
-    call("full", "full_backward", (*q.shape, causal), q.shape[3] ** -0.5, *given, *grads, stats)
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, bias: Tensor | None,
+    target: Tensor | None, content: Tensor | None, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients, that of the bias by image: (batch, heads, offsets + 1)."""
+    grads = _gradients(grad, q, k, v, out, stats, bias, target, content, causal)
+    given = (*(dense(x) for x in (q, k, v, grad, out)), *grads[:3], stats, *_numbers(q, bias, target, content))
+    call("full", "full_backward", _shape(q, causal, bias), q.shape[3] ** -0.5, *given, grads[3][..., None])
     return grads
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return like(q), like(k), like(v)
+def _gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, bias: Tensor | None,
+    target: Tensor | None, content: Tensor | None, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return like(q), like(k), like(v), q.new_empty((q.shape[0], 0, 0) if bias is None else (q.shape[0], *bias.shape))
+
+
+def _shape(q: Tensor, causal: bool, bias: Tensor | None) -> tuple[int, ...]:
+    return (*q.shape, causal, 0 if bias is None else bias.shape[1] - 1)
+
+
+def _numbers(q: Tensor, bias: Tensor | None, target: Tensor | None, content: Tensor | None) -> list[Tensor]:
+    """The bias, in the dtype of the scores, and its places as `call` takes them; without one tensors at no address."""
+    if bias is None or target is None or content is None:
+        return [q.new_empty(1, 1, 0, 0)] * 3
+    return [x.contiguous()[None, None] for x in (bias.to(q.dtype), target, content)]
 
 
 class _Full(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        out, stats = _forward(q, k, v, causal)
-        ctx.save_for_backward(q, k, v, out, stats)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, target: Tensor | None, content: Tensor | None,
+        causal: bool,
+    ) -> Tensor:  # fmt: skip
+        out, stats = _forward(q, k, v, bias, target, content, causal)
+        ctx.save_for_backward(q, k, v, out, stats, bias, target, content)
         ctx.causal = causal
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward(grad, *ctx.saved_tensors, ctx.causal), None)
+        saved = ctx.saved_tensors  # read once: where activations are recomputed, a second time is an error
+        *grads, bias = _backward(grad, *saved, ctx.causal)
+        return (*grads, None if saved[5] is None else bias.sum(0), None, None, None)
