@@ -42,10 +42,10 @@ dense = partial(variant, family="dense", time="O(n²)", memory="O(n)")
 class Dense(ExactMixer):
     """softmax(QKᵀ/√d)V.
 
-    "compiled": a C++ kernel for CPU, O(n) memory, a bias by offset at most.  "sdpa": a fused kernel, O(n) memory, but
-    a bias on the scores is laid out, n² values a head, and kept for the backward pass.  "blocked": runs of 128 queries,
-    whose scores and bias are made again in the backward pass and so are never kept for longer than the run; with a bias
-    "auto" takes it before "sdpa".  "math": the n² scores laid out.
+    "compiled": a C++ kernel for CPU, O(n) memory; a bias must depend on the offset or the distance alone.  "sdpa": a
+    fused kernel, O(n) memory, but a bias on the scores is laid out, n² values a head, and kept for the backward pass.
+    "blocked": runs of 128 queries, whose scores and bias are made again in the backward pass and so are never kept for
+    longer than the run; with a bias "auto" takes it before "sdpa".  "math": the n² scores laid out.
     """
 
     backends = ("compiled", "sdpa", "blocked", "flex", "xformers", "math")
@@ -63,8 +63,8 @@ class Dense(ExactMixer):
         if backend == "xformers":
             return backends.xformers_reasons(self.layer.scan, None, self.layer.biased)
         if backend == "compiled":
-            unfit = self.layer.biased and not self.layer.by_offset
-            reasons = ["adds a bias to the scores by (Δrow, Δcol) only"] if unfit else []
+            unfit = self.layer.biased and not self.layer.relates
+            reasons = ["adds a bias to the scores by (Δrow, Δcol) or distance only"] if unfit else []
             return reasons + [reason for reason in [kernels.missing("full")] if reason]
         return [] if backend == "blocked" else super().refusals(backend)
 
@@ -77,7 +77,7 @@ class Dense(ExactMixer):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> Tensor:
         scan = self.layer.scan
         if kernels.serves(self, q, k, v):
-            return kernels.full(q, k, v, scan.causal, *self._by_offset(bias))
+            return kernels.full(q, k, v, scan.causal, *self._table(bias))
         if self.backend == "sdpa" and bias is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=scan.causal)
         if self.backend == "sdpa":
@@ -88,9 +88,9 @@ class Dense(ExactMixer):
 
     @cached_property
     def _offsets(self) -> Offsets:
-        return geometry.offsets(self.layer.scan)
+        return geometry.offsets(self.layer.scan, along=self.layer.relates == "distance")
 
-    def _by_offset(self, bias: ScoreBias | None) -> tuple[Tensor, ...]:
+    def _table(self, bias: ScoreBias | None) -> tuple[Tensor, ...]:
         """The bias as the kernel takes it."""
         if bias is None:
             return ()

@@ -127,10 +127,9 @@ class Scan:
 
 
 class Offsets(NamedTuple):
-    """Every (Δrow, Δcol) of a grid by a number: that of query s and key t is target[s] - content[t], where key t is no
-    start token; the last number is the start token's.
+    """How queries and keys stand to each other, by number: query s to key t as target[s] - content[t] says.
 
-    query, key: a pair of slots, int64 (offsets + 1,) each, that stand so.  target, content: int32 (n,) each.
+    query, key: a pair of slots that stand so, int64 (numbers,).  target, content: int32 (n,).
     """
 
     query: Tensor
@@ -139,20 +138,26 @@ class Offsets(NamedTuple):
     content: Tensor
 
 
-def offsets(scan: Scan) -> Offsets:
-    """All offsets of a scan's grid, (2·height - 1)·(2·width - 1) of them and the start token's."""
-    height, width = scan.grid.height, scan.grid.width
+def offsets(scan: Scan, along: bool = False) -> Offsets:
+    """All (Δrow, Δcol) of the scan's grid, or with `along` all distances along the scan; and, where there is a start
+    token, each target to it."""
+    height, width = (1, scan.grid.size) if along else (scan.grid.height, scan.grid.width)
+    cols, middle = 2 * width - 1, (height - 1) * (2 * width - 1) + width - 1
+    rank = torch.arange(width) if along else scan.rank  # the slot of each pixel, or of each place of the scan
     down, right = torch.meshgrid(torch.arange(1 - height, height), torch.arange(1 - width, width), indexing="ij")
 
-    def pixel(row: Tensor, col: Tensor) -> Tensor:
-        return scan.rank[(row.clamp(min=0) * width + col.clamp(min=0)).flatten()]
+    def slots(row: Tensor, col: Tensor) -> Tensor:
+        return rank[(row.clamp(min=0) * width + col.clamp(min=0)).flatten()]
 
-    first = torch.zeros(1, dtype=torch.long)
-    query, key = pixel(down, right), pixel(-down, -right) + int(scan.causal)  # a pixel is held one slot later
-    (row, col), (key_row, key_col) = scan.target(slot := torch.arange(scan.grid.size)), scan.content(slot)
-    target, content = ((r * (2 * width - 1) + c).int() for r, c in ((row, col), (key_row, key_col)))
-    middle = (height - 1) * (2 * width - 1) + width - 1
-    return Offsets(torch.cat([query, first]), torch.cat([key, first]), target + middle, content)
+    query, key = slots(down, right), slots(-down, -right) + int(scan.causal)  # what is predicted is held one slot later
+    place = torch.argsort(rank)
+    target = place.div(width, rounding_mode="floor") * cols + place % width + middle
+    if not scan.causal:
+        return Offsets(query, key, target.int(), (target - middle).int())
+    to_start = torch.zeros(int(target.max()) - middle + 1, dtype=torch.long)
+    to_start[target - middle] = torch.arange(len(target))
+    content = torch.cat([torch.tensor([middle - len(query)]), (target - middle)[:-1]])
+    return Offsets(torch.cat([query, to_start]), torch.cat([key, 0 * to_start]), target.int(), content.int())
 
 
 def everything(scan: Scan) -> Predicate:

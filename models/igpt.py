@@ -180,7 +180,7 @@ class ImageGPT(nn.Module):
         self.tokens = nn.Parameter(torch.empty(vocab, dim))
         self.start_token = nn.Parameter(torch.empty(dim)) if scan.causal else None
         self.position = position(Shape(scan, dim, depth, heads))
-        bias = position.needs == "bias", position.by_offset
+        bias = position.needs == "bias", position.by_offset, position.relates
         layers = [Layer(scan, heads, dim // heads, index, depth, backend, *bias) for index in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, make_mixer(layer), self.position) for layer in layers)
         self.norm = Norm(dim)

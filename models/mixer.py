@@ -35,6 +35,8 @@ class Layer:
     """Whether the position will add a bias to the scores."""
     by_offset: bool = False
     """Whether that bias depends on (Δrow, Δcol) alone, and for the start token on nothing."""
+    relates: str = ""
+    """What it depends on for pixels: "offset" (Δrow, Δcol) or "distance" along the scan; none: on anything."""
 
     @property
     def size(self) -> int:

@@ -43,6 +43,9 @@ class Position(nn.Module):
     needs: ClassVar[str] = "embed"
     by_offset: ClassVar[bool] = False
     """Whether the bias depends on (Δrow, Δcol) alone, and for the start token on nothing."""
+    relates: ClassVar[str] = ""
+    """What of a query's target and a key's pixel the bias depends on, whatever it is for the start token: "offset",
+    (Δrow, Δcol); "distance", along the scan; none: anything."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -294,6 +297,8 @@ class Alibi(Position):
 class Alibi1D(Alibi):
     """The distance along the scan."""
 
+    relates = "distance"
+
     def distance(self, query: Tensor, key: Tensor) -> Tensor:
         return self.shape.scan.distance(query, key).abs()
 
@@ -301,6 +306,8 @@ class Alibi1D(Alibi):
 @position("alibi2d")
 class Alibi2D(Alibi):
     """|Δrow| + |Δcol|."""
+
+    relates = "offset"
 
     def distance(self, query: Tensor, key: Tensor) -> Tensor:
         (row, col), (key_row, key_col) = self.shape.scan.target(query), self.shape.scan.content(key)
@@ -317,7 +324,7 @@ class RelativeBias2D(Position):
     """
 
     needs = "bias"
-    by_offset = True
+    by_offset, relates = True, "offset"
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)

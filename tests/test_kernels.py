@@ -165,22 +165,23 @@ def test_full_equals_its_oracle(seq: int, causal: bool, dtype: torch.dtype) -> N
 
 
 def by_offset(table: Tensor, scan: Scan, mirrored: bool = False) -> Attend:
-    """The oracle of full with a bias: table (heads, 2·height - 1, 2·width - 1) by (Δrow, Δcol), its corner the start
-    token's too; or, wrongly, mirrored from left to right."""
+    """The oracle of full with a bias: table (heads, 2·height - 1, 2·width - 1) by (Δrow, Δcol), its first row the start
+    token's too, by the query's column; or, wrongly, mirrored from left to right."""
     height, width = scan.grid.height, scan.grid.width
     slot = torch.arange(scan.grid.size)
     (row, col), (key_row, key_col) = scan.target(slot), scan.content(slot)
     right = (col[:, None] - key_col) * (-1 if mirrored else 1)
     scores = table[:, row[:, None] - key_row + height - 1, (right + width - 1).clamp(max=2 * width - 2)]
-    scores = torch.where(scan.is_start(slot), table[:, :1, :1], scores)
+    scores = torch.where(scan.is_start(slot), table[:, 0, col, None], scores)
     seen = geometry.matrix(geometry.everything(scan), scan.grid.size)
     return lambda q, k, v: reference.softmax_attention(q, k, v, seen, scores)
 
 
 def biased(table: Tensor, scan: Scan) -> Attend:
     """The kernel with the same table."""
-    _, _, target, content = geometry.offsets(scan)
-    bias = torch.cat([table.flatten(1), table[:, 0, :1]], dim=1)
+    query, _, target, content = geometry.offsets(scan)
+    to_start = scan.target(query[table[0].numel() :])[1]
+    bias = torch.cat([table.flatten(1), table[:, 0, to_start]], dim=1)
     return lambda q, k, v: kernels.full(q, k, v, scan.causal, bias, target, content)
 
 
@@ -211,15 +212,18 @@ def test_full_notices_a_mirrored_bias_and_bears_a_great_one() -> None:
     assert_same(biased(table * 1e4, scan), by_offset(table * 1e4, scan), *inputs(1, 1, 35, 5))
 
 
-@needs_compiler
 @pytest.mark.parametrize("order", ["raster", "snake", "column"])
 def test_offsets_are_those_of_their_pairs(order: str) -> None:
     for objective in ("ar", "bert"):
         scan = Scan(Grid(3, 5), objective, order)
-        query, key, target, content = geometry.offsets(scan)
-        offset = target[query[:-1]] - content[key[:-1].clamp(max=14)]
-        held = key[:-1] < 15  # no slot holds the last pixel
-        assert torch.equal(offset[held].long(), torch.arange(45)[held])
+        for along, numbers in ((False, 45), (True, 29)):
+            query, key, target, content = geometry.offsets(scan, along)
+            offset = (target[query] - content[key.clamp(max=14)])[:numbers]
+            held = key[:numbers] < 15  # no slot holds the last pixel
+            assert torch.equal(offset[held].long(), torch.arange(numbers)[held])
+            if objective == "ar":  # every query's number for the start token is one whose pair is that query's
+                assert torch.equal(query[(target - content[0]).long()], torch.arange(15))
+                assert not key[(target - content[0]).long()].any()
 
 
 @needs_compiler
@@ -326,10 +330,10 @@ def test_auto_takes_the_kernel_and_refuses_it_with_every_reason() -> None:
     assert Local2D(Layer(Scan(Grid(3, 5)), 2, 4)).backend == "compiled"
     assert Linear(Layer(Scan(Grid(3, 5)), 2, 4)).backend == "compiled"
     assert Dense(Layer(Scan(Grid(3, 5), "bert", "hilbert"), 2, 4)).backend == "compiled"
-    assert Dense(Layer(Scan(Grid(3, 5)), 2, 4, biased=True, by_offset=True)).backend == "compiled"
+    assert Dense(Layer(Scan(Grid(3, 5)), 2, 4, biased=True, relates="distance")).backend == "compiled"
     dense = Dense(Layer(Scan(Grid(3, 5)), 2, 4, biased=True))
     assert dense.backend == "blocked"
-    assert dense.refusals("compiled") == ["adds a bias to the scores by (Δrow, Δcol) only"]
+    assert dense.refusals("compiled") == ["adds a bias to the scores by (Δrow, Δcol) or distance only"]
     mixer = Local2D(Layer(Scan(Grid(3, 5), "bert", "column"), 2, 4, biased=True))
     assert mixer.backend == "blocked"
     assert [reason.split()[0] for reason in mixer.refusals("compiled")] == ["serves", "reads", "adds"]

@@ -7,9 +7,9 @@
 // Of the square on the diagonal only what lies on or before it is computed, in steps of one vector of queries.
 // The backward pass computes the weights again: O(n·dim) memory.  Rounding depends on the shape alone.
 //
-// A bias by offset is a table of `offsets` numbers a head, and one for key 0 where there is a start token.  The score of
-// query s and key t has the number target[s] - content[t]: of neighbouring queries in one row, neighbouring numbers.  So
-// a vector of queries is cut into runs, and each run is one load of the table, or one sum into the table's gradient.
+// A bias is a table of `offsets` numbers a head.  The score of query s and key t has the number target[s] - content[t]: of
+// neighbouring queries in one row, neighbouring numbers.  So a vector of queries is cut into runs, and each run is one
+// load of the table, or one sum into the table's gradient.
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -27,7 +27,7 @@ struct Problem {
     double scale;  // of the scores: 1/√dim
 };
 
-// numbers (heads, offsets + 1), the last of each head that of the start token; none without a bias.
+// numbers (heads, offsets); none without a bias.
 template <typename T> struct Bias {
     const T* numbers;
     const int32_t *target, *content;  // (seq)
@@ -55,7 +55,6 @@ template <typename T> struct Worker {
     const T scale;    // of the scores, which are in powers of two
     std::vector<T> memory;
     T *qt, *gt, *q, *g, *yt, *weights, *slopes, *peak, *mass, *delta, *table, *changes;
-    T start = 0, start_change = 0;
     Run runs[VECTORS][LANES];
     int count_of[VECTORS];  // runs of each vector
 
@@ -135,9 +134,7 @@ template <typename T> struct Worker {
 
     void take_bias(const Bias<T>& bias, int64_t h) {
         if (!bias.numbers) return;
-        const T* from = bias.numbers + h * (p.offsets + 1);
-        for (int64_t i = 0; i < p.offsets; i++) table[i] = from[i] * T(LOG2E);
-        start = from[p.offsets] * T(LOG2E);
+        for (int64_t i = 0; i < p.offsets; i++) table[i] = bias.numbers[h * p.offsets + i] * T(LOG2E);
     }
 
     void take_runs(const Bias<T>& bias, int64_t first, int64_t count) {
@@ -161,7 +158,6 @@ template <typename T> struct Worker {
                     V more = S::load(from + runs[n][0].from);
                     for (int r = 1; r < count_of[n]; r++)
                         more = lane_numbers() >= T(runs[n][r].lane) ? S::load(from + runs[n][r].from) : more;
-                    if (p.causal && key + j == 0) more = S::fill(start);
                     T* at = weights + j * BLOCK + n * LANES;
                     S::store(at, S::load(at) + more);
                 }
@@ -174,7 +170,6 @@ template <typename T> struct Worker {
             for (int64_t j = 0; j < count; j++)
                 for (int64_t n = first; n < first + vectors; n++) {
                     V slope = S::load(slopes + j * BLOCK + n * LANES);
-                    if (p.causal && key + j == 0) { start_change += S::sum(slope); continue; }
                     T* to = changes - bias.content[key + j];
                     for (int r = 0; r < count_of[n]; r++) {
                         V own = lane_numbers() >= T(runs[n][r].lane) ? slope : V{};
@@ -183,11 +178,6 @@ template <typename T> struct Worker {
                     }
                 }
         });
-    }
-
-    void put_changes(T* to) const {
-        for (int64_t i = 0; i < p.offsets; i++) to[i] = changes[i] / T(p.scale);
-        to[p.offsets] = start_change / T(p.scale);
     }
 
     // Scores of a vector of queries to weights: exp2(score - peak), 0 for keys beyond `seen`; those computed are masked.
@@ -276,13 +266,14 @@ template <typename T> struct Worker {
         });
     }
 
-    void backward(int64_t b, int64_t h, const View<T> (&in)[5], const View<T> (&grad)[3], const T* stats, const Bias<T>& bias) {
+    void backward(int64_t b, int64_t h, const View<T> (&in)[5], const View<T> (&grad)[3], const T* stats, const Bias<T>& bias,
+                  T* bias_grad) {
         const T *k = in[1].at(b, h), *v = in[2].at(b, h);
         T *dk = grad[1].at(b, h), *dv = grad[2].at(b, h), one[BLOCK];
         std::fill_n(one, BLOCK, T(1));
         for (int64_t t = 0; t < p.seq; t++)
             std::fill_n(dk + t * grad[1].slot, p.dim, T(0)), std::fill_n(dv + t * grad[2].slot, p.dim, T(0));
-        std::fill_n(changes - BLOCK, p.offsets + 2 * BLOCK, T(0)), start_change = 0;
+        std::fill_n(changes - BLOCK, p.offsets + 2 * BLOCK, T(0));
         take_bias(bias, h);
         for (int64_t first = 0; first < p.seq; first += BLOCK) {
             take_block(b, h, first, in, stats);
@@ -294,13 +285,14 @@ template <typename T> struct Worker {
                 if (bias.numbers) add_bias(diagonal, key, keys, bias);
                 scores(diagonal, keys, v_at, in[2].slot, gt, slopes);
                 slope(diagonal, keys);
-                if (bias.numbers) change(diagonal, key, keys, bias);
+                if (bias_grad) change(diagonal, key, keys, bias);
                 scatter(diagonal, keys, weights, g, dv + key * grad[2].slot, grad[2].slot);
                 scatter(diagonal, keys, slopes, q, dk + key * grad[1].slot, grad[1].slot);
                 gather(diagonal, keys, k_at, in[1].slot, slopes, yt);
             });
             put(yt, grad[0].at(b, h) + first * grad[0].slot, grad[0].slot, std::min<int64_t>(BLOCK, p.seq - first), one);
         }
+        for (int64_t i = 0; bias_grad && i < p.offsets; i++) bias_grad[i] = changes[i] / T(p.scale);
     }
 };
 
@@ -337,8 +329,8 @@ template <typename T> int backward(const Problem& p, int threads, void** at, con
     View<T> in[5] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}, {at[3], strides[3]}, {at[4], strides[4]}};
     View<T> grad[3] = {{at[5], strides[5]}, {at[6], strides[6]}, {at[7], strides[7]}};
     return run<T>(p, true, threads, p.batch * p.heads, [&](Worker<T>& worker, int64_t job) {
-        worker.backward(job / p.heads, job % p.heads, in, grad, static_cast<const T*>(at[8]), Bias<T>(at + 9));
-        if (p.offsets) worker.put_changes(static_cast<T*>(at[12]) + job * (p.offsets + 1));
+        T* bias_grad = at[12] ? static_cast<T*>(at[12]) + job * p.offsets : nullptr;
+        worker.backward(job / p.heads, job % p.heads, in, grad, static_cast<const T*>(at[8]), Bias<T>(at + 9), bias_grad);
     });
 }
 
@@ -346,7 +338,8 @@ template <typename T> int backward(const Problem& p, int threads, void** at, con
 
 // shape: batch, heads, seq, dim, causal, offsets; then the scale of scores.  Returns 0, or 1 where memory does not suffice.
 // forward: q, k, v, out, stats (batch, heads, 2, seq); bias, target, content.
-// backward: q, k, v, gradient of out, out, dq, dk, dv, stats; bias, target, content, its gradient (batch, heads, offsets + 1).
+// backward: q, k, v, gradient of out, out, dq, dk, dv, stats; bias, target, content, its gradient (batch, heads, offsets),
+//           which may be none.
 #define EXPORT(name, T, type)                                                                                       \
     extern "C" int full_##name##_##type(const int64_t* s, double scale, int threads, void** at,                   \
                                          const int64_t (*strides)[3]) {                                            \
