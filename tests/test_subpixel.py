@@ -81,5 +81,6 @@ def test_half_an_image_is_its_upper_rows_or_what_the_scan_reads_first() -> None:
     assert left[:, :3].all() and not left[:, 3:].any()
     truth = np.zeros((1, 4, 6, 3), np.uint8)
     for mask in (upper, left):
-        sheet = np.asarray(Image.open(io.BytesIO(pictures.completions(truth, truth, mask))))
+        with Image.open(io.BytesIO(pictures.completions(truth, truth, mask))) as picture:
+            sheet = np.asarray(picture.convert("RGB"))
         assert (sheet == pictures.UNKNOWN).all(axis=-1).sum() == 12 * (pictures.EDGE // 6) ** 2
