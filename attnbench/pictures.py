@@ -52,11 +52,11 @@ def _rgb(images: Pixels) -> Pixels:
 
 def _png(pixels: Pixels) -> bytes:
     """Exactly these colours (height, width, 3); up to 256 of them by number, which takes a third less."""
-    colours, numbers = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
+    colours, numbers = np.unique(pixels @ np.array([1 << 16, 1 << 8, 1]), return_inverse=True)
     picture = Image.fromarray(pixels)
     if len(colours) <= 256:
         picture = Image.fromarray(numbers.reshape(pixels.shape[:2]).astype(np.uint8), mode="P")
-        picture.putpalette(colours.tobytes())
+        picture.putpalette(b"".join(int(colour).to_bytes(3, "big") for colour in colours))
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

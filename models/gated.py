@@ -214,9 +214,7 @@ class DeltaNet(Discretised):
     def flops(self) -> int:
         """Two kinds of scores, the triangular system and the writes' use, and the states."""
         d, (chunk, slots) = self.layer.head_dim, self.fitting()
-        a_slot = (
-            4 * chunk * d + 2 * chunk * d + 2 * chunk * d
-        )  # scores, the system's d + d right sides, the writes' use
+        a_slot = 4 * chunk * d + 2 * chunk * d + 2 * chunk * d  # scores, the system's 2d right sides, the writes' use
         if slots > chunk:
             a_slot += 2 * d * d + 2 * d * d + 2 * d * d + 2 * chunk * d  # added, erased, read; scores of the erased
         return self.layer.heads * (slots * a_slot + (slots // chunk - 1) * 2 * d**3)

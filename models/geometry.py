@@ -143,19 +143,19 @@ def offsets(scan: Scan, along: bool = False) -> Offsets:
     token, each target to it."""
     height, width = (1, scan.grid.size) if along else (scan.grid.height, scan.grid.width)
     cols, middle = 2 * width - 1, (height - 1) * (2 * width - 1) + width - 1
-    rank = torch.arange(width) if along else scan.rank  # the slot of each pixel, or of each place of the scan
+    every = torch.arange(scan.grid.size)  # along the scan a place's slot is its number
+    place, rank = (every, every) if along else (scan.path, scan.rank)
     down, right = torch.meshgrid(torch.arange(1 - height, height), torch.arange(1 - width, width), indexing="ij")
 
     def slots(row: Tensor, col: Tensor) -> Tensor:
         return rank[(row.clamp(min=0) * width + col.clamp(min=0)).flatten()]
 
     query, key = slots(down, right), slots(-down, -right) + int(scan.causal)  # what is predicted is held one slot later
-    place = torch.argsort(rank)
     target = place.div(width, rounding_mode="floor") * cols + place % width + middle
     if not scan.causal:
         return Offsets(query, key, target.int(), (target - middle).int())
     to_start = torch.zeros(int(target.max()) - middle + 1, dtype=torch.long)
-    to_start[target - middle] = torch.arange(len(target))
+    to_start[target - middle] = every
     content = torch.cat([torch.tensor([middle - len(query)]), (target - middle)[:-1]])
     return Offsets(torch.cat([query, to_start]), torch.cat([key, 0 * to_start]), target.int(), content.int())
 

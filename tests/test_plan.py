@@ -89,7 +89,8 @@ def test_many_layers_from_few(variant: str) -> None:
     found = predict.Predictor(request)(12, 12)
     model = trace.build(request)
     # relbias2d has a table of all layers: only so deep has it, and each of its moments, a page for malloc's header.
-    assert found.bytes == pytest.approx(trace.step(request).bytes, rel=1e-3, abs=3 * trace.PAGE)
+    pages = 3 * trace.PAGE if variant == "dense-relbias2d" else 0
+    assert found.bytes + pages == pytest.approx(trace.step(request).bytes, rel=1e-3)
     assert found.flops == model.flops()  # type: ignore[operator]
     assert found.parameters == sum(p.numel() for p in model.parameters())
 
