@@ -49,17 +49,22 @@ template <typename T> struct Worker {
     using S = typename P::S;
     using V = typename S::V;
     static constexpr int LANES = P::LANES, VECTORS = BLOCK / LANES;
+    using Half = Product<T, (WIDEST > 16 ? WIDEST / 2 : WIDEST)>;
 
     const Problem& p;
-    const int64_t e;  // dim in whole vectors
-    const T scale;    // of the scores, which are in powers of two
+    const bool half;    // dim fits into half a vector
+    const int64_t e;    // dim in whole vectors
+    const int64_t row;  // from one row to the next where slots lie as rows: e, or half a vector
+    const T scale;      // of the scores, which are in powers of two
+    int64_t vectors = VECTORS;  // of queries: fewer in a sequence's last block
     std::vector<T> memory;
     T *qt, *gt, *q, *g, *yt, *weights, *slopes, *peak, *mass, *delta, *table, *changes;
     Run runs[VECTORS][LANES];
     int count_of[VECTORS];  // runs of each vector
 
     Worker(const Problem& p, bool backward)
-        : p(p), e((p.dim + LANES - 1) / LANES * LANES), scale(T(LOG2E * p.scale)) {
+        : p(p), half(p.dim <= Half::LANES), e((p.dim + LANES - 1) / LANES * LANES), row(half ? Half::LANES : e),
+          scale(T(LOG2E * p.scale)) {
         int64_t turned = e * BLOCK, square = BLOCK * BLOCK, padded = p.offsets + 2 * BLOCK;
         memory.resize((backward ? 5 : 2) * turned + (backward ? 2 : 1) * (square + padded) + 3 * BLOCK);
         T* at = memory.data();
@@ -70,14 +75,14 @@ template <typename T> struct Worker {
         if (backward) gt = take(turned), q = take(turned), g = take(turned), slopes = take(square), changes = take(padded) + BLOCK;
     }
 
-    // `count` slots as rows of e numbers, as columns of BLOCK, or both; what is missing is zero.
+    // `count` slots as rows, as columns of BLOCK, or both; what is missing is zero.
     void take(const T* from, int64_t stride, int64_t count, T* as_rows, T* as_columns, T factor) const {
         for (int64_t t = 0; t < BLOCK; t += LANES)
             for (int64_t d = 0; d < e; d += LANES) {
                 V a[LANES];
                 for (int i = 0; i < LANES; i++) {
                     a[i] = t + i < count ? S::load(from + (t + i) * stride + d, int(std::min<int64_t>(LANES, p.dim - d))) : V{};
-                    if (as_rows) S::store(as_rows + (t + i) * e + d, a[i]);
+                    if (as_rows) S::store(as_rows + (t + i) * row + d, a[i]);
                 }
                 S::transpose(a);
                 for (int i = 0; i < LANES; i++) S::store(as_columns + (d + i) * BLOCK + t, a[i] * factor);
@@ -105,9 +110,9 @@ template <typename T> struct Worker {
     }
 
     // Calls part(vector, vectors, keys): whole, or on the diagonal each vector of queries with the keys it may see.
-    template <typename Part> static void parts(bool diagonal, int64_t keys, const Part& part) {
-        if (!diagonal) return part(0, VECTORS, keys);
-        for (int64_t v = 0; v < VECTORS && v * LANES < keys; v++) part(v, 1, std::min<int64_t>(keys, (v + 1) * LANES));
+    template <typename Part> void parts(bool diagonal, int64_t keys, const Part& part) const {
+        if (!diagonal) return part(0, vectors, keys);
+        for (int64_t v = 0; v < vectors && v * LANES < keys; v++) part(v, 1, std::min<int64_t>(keys, (v + 1) * LANES));
     }
 
     // square[key][query] = Σ_d a[key][d] · turned[d][query]
@@ -126,10 +131,13 @@ template <typename T> struct Worker {
 
     // to[key][d] += Σ_query square[key][query] · as_rows[query][d]
     void scatter(bool diagonal, int64_t keys, const T* square, const T* as_rows, T* to, int64_t stride) const {
-        if (!diagonal) return P::template any<true>(keys, p.dim, BLOCK, square, BLOCK, 1, as_rows, e, to, stride);
-        for (int64_t t = 0; t < keys; t += LANES)
-            P::template any<true>(std::min<int64_t>(LANES, keys - t), p.dim, BLOCK - t, square + t * BLOCK + t, BLOCK, 1, as_rows + t * e, e,
-                    to + t * stride, stride);
+        int64_t queries = vectors * LANES;
+        for (int64_t t = 0, count = diagonal ? LANES : keys; t < keys; t += count) {
+            int64_t first = diagonal ? t : 0;
+            auto add = half ? Half::template any<true> : P::template any<true>;
+            add(std::min(count, keys - t), p.dim, queries - first, square + t * BLOCK + first, BLOCK, 1, as_rows + first * row,
+                row, to + t * stride, stride);
+        }
     }
 
     void take_bias(const Bias<T>& bias, int64_t h) {
@@ -220,6 +228,7 @@ template <typename T> struct Worker {
 
     void forward(int64_t b, int64_t h, int64_t first, const View<T> (&in)[3], const View<T>& out, T* stats, const Bias<T>& bias) {
         int64_t count = std::min<int64_t>(BLOCK, p.seq - first);
+        vectors = (count + LANES - 1) / LANES;
         take(in[0].at(b, h) + first * in[0].slot, in[0].slot, count, nullptr, qt, scale);
         std::fill_n(yt, e * BLOCK, T(0)), std::fill_n(mass, BLOCK, T(0));
         std::fill_n(peak, BLOCK, std::numeric_limits<T>::lowest());
@@ -234,8 +243,9 @@ template <typename T> struct Worker {
     }
 
     // A block of queries: what it needs turned, and Σ_d of gradient times output.
-    void take_block(int64_t b, int64_t h, int64_t first, const View<T> (&in)[5], const T* stats) const {
+    void take_block(int64_t b, int64_t h, int64_t first, const View<T> (&in)[5], const T* stats) {
         int64_t count = std::min<int64_t>(BLOCK, p.seq - first);
+        vectors = (count + LANES - 1) / LANES;
         take(in[0].at(b, h) + first * in[0].slot, in[0].slot, count, q, qt, scale);
         take(in[3].at(b, h) + first * in[3].slot, in[3].slot, count, g, gt, T(1));
         const T *out = in[4].at(b, h) + first * in[4].slot, *at = stats + (b * p.heads + h) * 2 * p.seq + first;
@@ -244,7 +254,7 @@ template <typename T> struct Worker {
         for (int64_t t = 0; t < count; t++) {
             V total{};
             for (int64_t d = 0; d < p.dim; d += LANES)
-                total += S::load(g + t * e + d) *
+                total += S::load(g + t * row + d, int(std::min<int64_t>(LANES, p.dim - d))) *
                          S::load(out + t * in[4].slot + d, int(std::min<int64_t>(LANES, p.dim - d)));
             peak[t] = at[t], mass[t] = at[p.seq + t], delta[t] = S::sum(total);
         }

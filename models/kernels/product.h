@@ -1,11 +1,11 @@
-// Products of matrices on vectors of LANES numbers: tiles of the result in registers, all of a tile's terms at once.
+// Products of matrices on vectors of LANES numbers, BYTES long: tiles of the result in registers, all of a tile's terms at once.
 #pragma once
 #include <algorithm>
 
 #include "simd.h"
 
-template <typename T> struct Product {
-    static constexpr int LANES = WIDEST / sizeof(T);
+template <typename T, int BYTES = WIDEST> struct Product {
+    static constexpr int LANES = BYTES / sizeof(T);
     static constexpr int SUMS = WIDEST >= 64 ? 24 : 12;  // vectors that a tile keeps in registers
     static constexpr int WIDE = SUMS / 6, PANEL = WIDE * LANES;
     using S = Simd<T, LANES>;
@@ -38,7 +38,8 @@ template <typename T> struct Product {
     static void rows(int64_t count, int64_t depth, const T* a, int64_t m_step, int64_t k_step, const T* b, int64_t b_pitch,
                      T* c, int64_t c_pitch, int last) {
         constexpr int M = N == 1 ? 16 * SUMS / 24 : SUMS / N;
-        for (; count >= M; count -= M, a += M * m_step, c += M * c_pitch)
+        // The last eight as two fours: not as six, one and one.
+        for (; count >= M && !(M == 6 && count == 8); count -= M, a += M * m_step, c += M * c_pitch)
             tile<ADD, M, N>(depth, a, m_step, k_step, b, b_pitch, c, c_pitch, last);
         for (; count >= 4; count -= 4, a += 4 * m_step, c += 4 * c_pitch)
             tile<ADD, 4, N>(depth, a, m_step, k_step, b, b_pitch, c, c_pitch, last);

@@ -20,11 +20,12 @@ template <typename T> struct Bits;
 template <> struct Bits<float> { using type = int32_t; static constexpr int mantissa = 23, degree = 7; };
 template <> struct Bits<double> { using type = int64_t; static constexpr int mantissa = 52, degree = 13; };
 
-// Of the exponential function's series: 1/k!.
+// Of the series of 2^x: ln2^k/k!.
 template <typename T> struct Series {
     T at[Bits<T>::degree + 1];
     constexpr Series() : at{1} {
-        for (int k = 1; k <= Bits<T>::degree; k++) at[k] = at[k - 1] / k;
+        long double term = 1;
+        for (int k = 1; k <= Bits<T>::degree; k++) at[k] = T(term *= 0.693147180559945309417232121458176568L / k);
     }
 };
 
@@ -56,17 +57,15 @@ template <typename T, int LANES> struct Simd {
     // 2^x, exact to the last bits; 0 where x is below the normal numbers. x must not exceed the largest exponent.
     static INLINE V exp2(V x) {
         constexpr T lowest = std::numeric_limits<T>::min_exponent - 1;
-        constexpr T ln2 = 0.693147180559945309417232121458176568;
         constexpr Series<T> series;
         const T magic = T(3) * (int64_t(1) << (Bits<T>::mantissa - 1));  // adding it rounds to a whole number
-        V inside = max(x, fill(lowest));  // a lane that is no number is put back below
+        V inside = max(x, fill(lowest));
         V whole = inside + magic;
-        V rest = (inside - (whole - magic)) * ln2;  // in ±ln2/2, where Taylor's series converges at once
+        V rest = inside - (whole - magic);  // in ±1/2, where Taylor's series converges at once
         V y = fill(series.at[Bits<T>::degree]);
         for (int k = Bits<T>::degree; k > 0; k--) y = y * rest + series.at[k - 1];
         I scaled = (I)y + ((I)whole << Bits<T>::mantissa);
-        V result = x < lowest ? V{} : (V)scaled;
-        return x == x ? result : x;
+        return x >= lowest ? (V)scaled : max(V{}, x);  // what is no number stays so
     }
 
     template <size_t... i> static INLINE V zip_low(V a, V b, std::index_sequence<i...>) {
