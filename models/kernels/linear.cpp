@@ -77,8 +77,9 @@ template <typename T> struct Worker {
     static INLINE V same(V x, int64_t) { return x; }
 
     static INLINE V feature_of(V x, int64_t) {
-        V low = S::exp2((x > V{} ? V{} : x) * T(1.4426950408889634074));  // what is no number stays none
-        return x > V{} ? x + T(1) : low;
+        typedef typename S::I I;  // of their bits: numbers below 0 are below it, and what is no number stays in either
+        V above = (V)((I)x > I{} ? (I)x : I{}), below = (V)((I)x < I{} ? (I)x : I{});
+        return above + S::exp2(below * T(1.4426950408889634074));
     }
 
     static Rows<T> rows(const View<T>& x, int64_t b, int64_t h, int64_t first) {
@@ -88,10 +89,10 @@ template <typename T> struct Worker {
     // `count` slots into working memory, each vector x of slot t as change(x, t).
     template <typename Change>
     static INLINE void take(Rows<T> to, Rows<T> from, int64_t count, int64_t dim, const Change& change) {
-        for (int64_t t = 0; t < count; t++) {
-            int64_t d = 0;
-            for (; d + LANES <= dim; d += LANES) S::store(to.at(t) + d, change(S::load(from.at(t) + d), t));
-            if (d == dim) continue;
+        int64_t d = 0;
+        for (; d + LANES <= dim; d += LANES)
+            for (int64_t t = 0; t < count; t++) S::store(to.at(t) + d, change(S::load(from.at(t) + d), t));
+        for (int64_t t = 0; t < count && d < dim; t++) {
             V x = change(S::load(from.at(t) + d, int(dim - d)), t);
             for (int64_t i = dim - d; i < LANES; i++) x[i] = 0;  // elu(0) + 1 is not 0
             S::store(to.at(t) + d, x);
@@ -115,19 +116,26 @@ template <typename T> struct Worker {
 
     // The rows of y to slots, each vector x of slot t and channel d as change(x, t, d).
     template <typename Change> INLINE void put(Rows<T> to, int64_t count, int64_t dim, const Change& change) const {
-        for (int64_t t = 0; t < count; t++) {
-            int64_t d = 0;
-            for (; d + LANES <= dim; d += LANES) S::store(to.at(t) + d, change(S::load(y.at(t) + d), t, d));
-            if (d < dim) S::store(to.at(t) + d, change(S::load(y.at(t) + d), t, d), int(dim - d));
-        }
+        for (int64_t d = 0; d < dim; d += LANES)
+            for (int64_t t = 0; t < count; t++)
+                S::store(to.at(t) + d, change(S::load(y.at(t) + d), t, d), int(std::min<int64_t>(LANES, dim - d)));
     }
 
-    // The rows of y are gradients of these features: to slots as gradients of what the features are of.
-    void put_inner(Rows<T> features, Rows<T> to, int64_t count) const {
-        put(to, count, p.width, [&](V x, int64_t t, int64_t d) {
-            V f = S::load(features.at(t) + d);
-            return p.feature ? x * (f > T(1) ? S::fill(1) : f) : x;  // φ' = 1 where x > 0, else exp x = φ
-        });
+    // The rows of y are gradients of these features: to slots as gradients of what the features are of.  One row more of
+    // the matrix is added on the way: a number a_t a slot, b and x as in `tile`.
+    template <bool BACKWARDS>
+    void put_inner(Rows<T> features, Rows<T> to, int64_t count, T* matrix, Rows<T> a, Rows<T> b, Rows<T> x) const {
+        for (int64_t d = 0; d < p.width; d += LANES) {
+            int lanes = int(std::min<int64_t>(LANES, p.width - d));
+            V kept = S::load(matrix + d);
+            for (int64_t i = 0; i < count; i++) {
+                int64_t t = BACKWARDS ? count - 1 - i : i;
+                kept += *a.at(t) * S::load(b.at(t) + d);
+                V slope = S::load(y.at(t) + d) + *x.at(t) * kept, f = S::load(features.at(t) + d);
+                S::store(to.at(t) + d, p.feature ? slope * (f > T(1) ? S::fill(1) : f) : slope, lanes);  // φ' is 1, or exp
+            }
+            S::store(matrix + d, kept);
+        }
     }
 
     // A tile of N rows: matrix += a bᵀ, y = before + xᵀ matrix, slot by slot.
@@ -151,9 +159,9 @@ template <typename T> struct Worker {
         for (int r = 0; r < N; r++) S::store(matrix + r * pitch, kept[r]);
     }
 
-    // The whole matrix (rows, lanes), tile by tile; `more`: what y is already is added to.
+    // The whole matrix (rows, lanes), tile by tile.
     template <bool BACKWARDS>
-    void scan(T* matrix, int64_t rows, int64_t lanes, int64_t count, Rows<T> a, Rows<T> b, Rows<T> x, bool more = false) {
+    void scan(T* matrix, int64_t rows, int64_t lanes, int64_t count, Rows<T> a, Rows<T> b, Rows<T> x) {
         for (int64_t lane = 0; lane < lanes; lane += LANES) {
             int64_t r = 0;
             auto by = [&](auto n) {
@@ -161,7 +169,7 @@ template <typename T> struct Worker {
                 for (; rows - r >= N; r += N) {
                     Ahead next{};
                     if (!ahead.empty()) next = ahead.back(), ahead.pop_back();
-                    Rows<T> to = y.from(lane), before = r || more ? to : Rows<T>{zeros, 0};
+                    Rows<T> to = y.from(lane), before = r ? to : Rows<T>{zeros, 0};
                     tile<N, BACKWARDS>(matrix + r * lanes + lane, lanes, count, a.from(r), b.from(lane), x.from(r), before,
                                        to, next);
                 }
@@ -173,12 +181,13 @@ template <typename T> struct Worker {
         }
     }
 
-    // Σ over the lanes of each of `count` slots of what `at(slot)` gives.
-    template <typename At> static INLINE void lane_sums(int64_t count, const At& at, T* to) {
+    // Σ over the lanes of each of `count` slots, of which fill(t, n, x) sets n from t on.
+    template <typename Fill> static INLINE void lane_sums(int64_t count, const Fill& fill, T* to) {
         for (int64_t t = 0; t < count; t += LANES) {
-            V x[LANES];
-            for (int i = 0; i < LANES; i++) x[i] = t + i < count ? at(t + i) : V{};
-            S::store(to + t, S::sums(x), int(std::min<int64_t>(LANES, count - t)));
+            V x[LANES]{};
+            int n = int(std::min<int64_t>(LANES, count - t));
+            fill(t, n, x);
+            S::store(to + t, S::sums(x), n);
         }
     }
 
@@ -193,8 +202,14 @@ template <typename T> struct Worker {
 
     // S and z as the backward pass wants them: for each channel of v, then for the mass, a row Σ φ(k) times it.
     void keep(const T* matrix, const T* sums, T* to) const {
-        for (int64_t d = 0; d < p.dim; d++)
-            for (int64_t r = 0; r < p.width; r++) to[d * p.width + r] = matrix[r * e + d];
+        for (int64_t r = 0; r < p.width; r += LANES)
+            for (int64_t d = 0; d < p.dim; d += LANES) {
+                V x[LANES]{};
+                for (int i = 0; i < LANES && r + i < p.width; i++) x[i] = S::load(matrix + (r + i) * e + d);
+                S::transpose(x);
+                for (int i = 0; i < LANES && d + i < p.dim; i++)
+                    S::store(to + (d + i) * p.width + r, x[i], int(std::min<int64_t>(LANES, p.width - r)));
+            }
         std::copy_n(sums, p.width, to + p.dim * p.width);
     }
 
@@ -208,14 +223,15 @@ template <typename T> struct Worker {
             if (first) keep(matrix, sums, kept.at(b, h) + (first / p.block - 1) * kept.slot);
             if (first < p.last()) look_ahead(b, h, first + p.block, given);
             take_features(q, at(0), count), take_features(k, at(1), count), take_values(at(2), count);
-            lane_sums(count, [&](int64_t t) {
-                V total{};
+            lane_sums(count, [&](int64_t t, int n, V (&x)[LANES]) {
                 for (int64_t d = 0; d < m; d += LANES) {
-                    V sum = S::load(sums + d) + S::load(k.at(t) + d);
+                    V sum = S::load(sums + d);
+                    for (int i = 0; i < n; i++) {
+                        sum += S::load(k.at(t + i) + d);
+                        x[i] += sum * S::load(q.at(t + i) + d);
+                    }
                     S::store(sums + d, sum);
-                    total += sum * S::load(q.at(t) + d);
                 }
-                return total;
             }, mass + first);
             take_shares(mass + first, count);
             scan<false>(matrix, p.width, e, count, k, v, q);
@@ -230,12 +246,12 @@ template <typename T> struct Worker {
         take_shares(mass, count);
         take_features(q, at(0), count), take_features(k, at(1), count), take_values(at(2), count);
         take(g, at(3), count, p.dim, [&](V x, int64_t t) { return x * share[t]; });
-        lane_sums(count, [&](int64_t t) {
-            V total{};
+        lane_sums(count, [&](int64_t t, int n, V (&x)[LANES]) {
             for (int64_t d = 0; d < p.dim; d += LANES)
-                total -= S::load(g.at(t) + d) * S::load(at(4).at(t) + d, int(std::min<int64_t>(LANES, p.dim - d)));
-            return mass[t] < T(p.floor) ? V{} : total;
+                for (int i = 0; i < n; i++)
+                    x[i] -= S::load(g.at(t + i) + d) * S::load(at(4).at(t + i) + d, int(std::min<int64_t>(LANES, p.dim - d)));
         }, slope.data);
+        for (int64_t t = 0; t < count; t++) slope.data[t] = mass[t] < T(p.floor) ? T(0) : slope.data[t];
     }
 
     void backward(int64_t b, int64_t h, const View<T> (&in)[5], const View<T> (&grad)[3], const T* mass, const View<T>& kept) {
@@ -252,11 +268,9 @@ template <typename T> struct Worker {
             if (first) look_ahead(b, h, first - p.block, in), look_ahead(b, h, first - p.block, grad);
             take_block(b, h, first, count, in, mass + first);
             scan<false>(earlier, p.dim, m, count, v, k, g);
-            scan<false>(earlier + p.dim * m, 1, m, count, ones, k, slope, true);
-            put_inner(q, to(0), count);
+            put_inner<false>(q, to(0), count, earlier + p.dim * m, ones, k, slope);
             scan<true>(later, p.dim, m, count, g, q, v);
-            scan<true>(later + p.dim * m, 1, m, count, slope, q, ones, true);
-            put_inner(k, to(1), count);
+            put_inner<true>(k, to(1), count, later + p.dim * m, slope, q, ones);
             scan<true>(turned, p.width, e, count, q, g, k);
             put(to(2), count, p.dim, [](V x, int64_t, int64_t) { return x; });
             ahead.clear();

@@ -47,25 +47,28 @@ template <typename T, int LANES> struct Simd {
         if (count >= LANES) store(to, v);
         else std::memcpy(to, &v, count * sizeof(T));
     }
+    // The second where either is no number.
     static INLINE V max(V a, V b) { return a > b ? a : b; }
+    static INLINE V min(V a, V b) { return a < b ? a : b; }
     static INLINE T sum(V v) {
         T total = 0;
         for (int i = 0; i < LANES; i++) total += v[i];
         return total;
     }
 
-    // 2^x, exact to the last bits; 0 where x is below the normal numbers. x must not exceed the largest exponent.
+    // 2^x, exact to the last bits; less than every normal number where 2^x is, 0 from one exponent further down.
+    // x must not exceed the largest exponent.
     static INLINE V exp2(V x) {
-        constexpr T lowest = std::numeric_limits<T>::min_exponent - 1;
+        constexpr T lowest = std::numeric_limits<T>::min_exponent - 2;  // its exponent's bits are 0: so is the result
         constexpr Series<T> series;
         const T magic = T(3) * (int64_t(1) << (Bits<T>::mantissa - 1));  // adding it rounds to a whole number
-        V inside = max(x, fill(lowest));
+        V inside = max(fill(lowest), x);  // in this order what is no number stays so
         V whole = inside + magic;
         V rest = inside - (whole - magic);  // in ±1/2, where Taylor's series converges at once
         V y = fill(series.at[Bits<T>::degree]);
         for (int k = Bits<T>::degree; k > 0; k--) y = y * rest + series.at[k - 1];
         I scaled = (I)y + ((I)whole << Bits<T>::mantissa);
-        return x >= lowest ? (V)scaled : max(V{}, x);  // what is no number stays so
+        return (V)scaled;
     }
 
     template <size_t... i> static INLINE V zip_low(V a, V b, std::index_sequence<i...>) {
