@@ -250,24 +250,18 @@ class Based(Linear):
     backends = ("blocked",)
 
     def __init__(self, layer: Layer, *, chunk: int = 0) -> None:
-        width = 1 + layer.head_dim + layer.head_dim * (layer.head_dim + 1) // 2
+        width = _taylor_width(layer.head_dim)
         # The fewest slots for which a state is cheaper than more scores, kept small enough for scores to be stored.
         alone = min(256, width + 64)
         super().__init__(layer, chunk=layer.size if chunk == 0 and layer.size <= alone else chunk)
         self.width = width
-        self.group = self.unit = -(-max(self.width, 512) // self.chunk) * self.chunk
+        self.unit = -(-max(self.width, 512) // self.chunk) * self.chunk  # a group
 
     def feature(self, x: Tensor, first: int = 0) -> Tensor:
-        x = x * self.layer.head_dim**-0.25
-        d, around = x.shape[-1], torch.cat([x, x[..., : x.shape[-1] // 2]], dim=-1)
-        # Channel pairs by their distance around a circle of channels; those half of it apart would come up twice.
-        pairs = [x * around[..., o : o + d] for o in range(1, (d + 1) // 2)]
-        pairs += [x[..., : d // 2] * x[..., d // 2 :]] if d % 2 == 0 else []
-        # A square stands once in the sum over pairs, a product twice.
-        return torch.cat([torch.ones_like(x[..., :1]), x, x * x * 0.5**0.5, *pairs], dim=-1)
+        return _taylor(x * self.layer.head_dim**-0.25)
 
     def parallel(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
-        pieces = [x.split(self.group, dim=2) for x in (q, k, _with_ones(v))]
+        pieces = [x.split(self.unit, dim=2) for x in (q, k, _with_ones(v))]
         memory = q.new_zeros(*q.shape[:2], self.width, v.shape[-1] + 1)
         out = []
         if self.layer.scan.causal:
@@ -282,7 +276,7 @@ class Based(Linear):
 
     def _again(self, work: Callable[..., Any], *given: Tensor) -> Any:
         """Work that the backward pass does anew, unless it is all in one group."""
-        return checkpoint(work, *given, use_reentrant=False) if self.layer.size > self.group else work(*given)
+        return checkpoint(work, *given, use_reentrant=False) if self.layer.size > self.unit else work(*given)
 
     def _remember(self, k: Tensor, v: Tensor, memory: Tensor) -> Tensor:
         return memory + self.feature(k).mT @ v
@@ -317,6 +311,86 @@ class Based(Linear):
             return self.layer.heads * self.layer.size * state
         chunk, slots = self.fitting()
         return self.layer.heads * slots * (2 * chunk * (d + channels) + (state if slots > chunk else 0))
+
+
+@torch.library.custom_op("attnbench::taylor", mutates_args=())
+def _taylor(x: Tensor) -> Tensor:
+    """x (…, d) -> (…, 1 + d + d(d + 1)/2): 1, the channels, √½ of their squares, and their products by pairs.
+
+    Pairs come by their distance around a circle of channels, each distance a whole row; of those half the circle apart
+    each would come up twice.  A square stands once in the sum over pairs, a product twice.  Each part is computed where
+    it belongs, and backwards without the zeros that autograd would put around every row.
+    """
+    out = _with_room(x)
+    ones, line, square, *products = out.split(_parts(x), dim=-1)
+    ones.fill_(1)
+    line.copy_(x)
+    torch.mul(x, x, out=square).mul_(0.5**0.5)
+    for product, one, other in zip(products, _firsts(x), _seconds(_circle(x), x.shape[-1]), strict=True):
+        torch.mul(one, other, out=product)
+    return out
+
+
+@_taylor.register_fake
+def _with_room(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], _taylor_width(x.shape[-1]))
+
+
+@torch.library.custom_op("attnbench::taylor_backward", mutates_args=())
+def _taylor_backward(grad: Tensor, x: Tensor) -> Tensor:
+    _, line, square, *products = grad.split(_parts(x), dim=-1)
+    out, circle, d = torch.addcmul(line, square, x, value=2**0.5), _circle(x), x.shape[-1]
+    around = torch.zeros_like(circle)
+    factors = _firsts(x), _seconds(circle, d), _firsts(out), _seconds(around, d)
+    for product, one, other, to_one, to_other in zip(products, *factors, strict=True):
+        to_one.addcmul_(product, other)
+        to_other.addcmul_(product, one)
+    for part in around.split(d, dim=-1):
+        out[..., : part.shape[-1]].add_(part)
+    return out
+
+
+@_taylor_backward.register_fake
+def _(grad: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _slope(ctx: Any, grad: Tensor) -> Tensor:
+    return _taylor_backward(grad, *ctx.saved_tensors)
+
+
+_taylor.register_autograd(_slope, setup_context=_keep)
+
+
+def _taylor_width(d: int) -> int:
+    return 1 + d + d * (d + 1) // 2
+
+
+def _parts(x: Tensor) -> list[int]:
+    """Channels of each part of the map."""
+    d = x.shape[-1]
+    return [1, d, d, *[d] * ((d - 1) // 2), *[d // 2] * (d % 2 == 0)]
+
+
+def _circle(x: Tensor) -> Tensor:
+    """The channels, and once more those up to half the circle."""
+    return torch.cat([x, x[..., : x.shape[-1] // 2]], dim=-1)
+
+
+def _firsts(x: Tensor) -> list[Tensor]:
+    """The first factor of each distance's products: a view."""
+    d = x.shape[-1]
+    return [x] * ((d - 1) // 2) + [x[..., : d // 2]] * (d % 2 == 0)
+
+
+def _seconds(circle: Tensor, d: int) -> list[Tensor]:
+    """The second factor of each distance's products: a view."""
+    _, *turned = circle.unfold(-1, d, 1).unbind(-2)
+    return turned if d % 2 else [*turned[:-1], turned[-1][..., : d // 2]]
 
 
 @variant(

@@ -13,7 +13,16 @@ from torch.testing import assert_close
 import models
 from models.full import Dense
 from models.geometry import Grid, Scan
-from models.linear import Based, CosFormer, HybridLinear, Linear, Performer, orthogonal_directions
+from models.linear import (
+    Based,
+    CosFormer,
+    HybridLinear,
+    Linear,
+    Performer,
+    _taylor,
+    _taylor_backward,
+    orthogonal_directions,
+)
 from models.mixer import Layer
 
 
@@ -145,11 +154,21 @@ def test_based_is_the_second_order_taylor_series() -> None:
     assert_close(mixer.feature(q) @ mixer.feature(k).mT, 1 + score + score**2 / 2)
 
 
+@pytest.mark.parametrize("dim", [1, 2, 5, 8])
+def test_based_map_and_its_gradient_are_sound_operators(dim: int) -> None:
+    """Shapes, strides and aliasing as declared; the gradient against finite differences. A circle of channels has one
+    distance, or half of one, more if its number is even."""
+    x = torch.randn(2, 7, 3, dim, dtype=torch.float64).transpose(1, 2).requires_grad_()
+    torch.library.opcheck(_taylor, (x,))
+    torch.library.opcheck(_taylor_backward, (torch.randn_like(_taylor(x)), x.detach()))
+    assert torch.autograd.gradcheck(_taylor, (x,))
+
+
 @pytest.mark.parametrize("objective", ["ar", "bert"])
 def test_based_in_groups_equals_based_in_one(objective: str) -> None:
     where = layer(7, 9, objective)
     whole, grouped = Based(where).double(), Based(where, chunk=8).double()
-    grouped.group = 16
+    grouped.unit = 16
     given = [x.requires_grad_() for x in draw(where)]
     outs = [mixer(*given) for mixer in (whole, grouped)]
     assert_close(*outs)
