@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -48,7 +49,7 @@ class Whole:
 class WholeModel(nn.Module):
     """Base of such a model.  Its own settings are the keyword-only arguments of its constructor."""
 
-    backends: tuple[str, ...] = ("conv",)
+    backends: ClassVar[tuple[str, ...]] = ("conv",)
     order: Tensor  # (seq,): the raster index of the pixel that each slot predicts
 
     def __init__(self, whole: Whole) -> None:
