@@ -61,14 +61,16 @@ class Predictor:
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._depths = _small_depths(request)
+        self._walked = bool(_mixers(_with_depth(_small(request), 1)))
+        """Whether the model has mixers; others are taken as they are, at full depth and height."""
+        self._depths = _small_depths(request) if self._walked else [request.config.model.depth]
         self._peaks = cache(self._memory)
         self._long = inf
         """Slots from which on a step was too long."""
 
     def __call__(self, height: int, width: int) -> Prediction:
         """Everything. Raises Refusal where no such model can be built."""
-        model = self._deep([(d, _size(r)) for d, r in self._shallow(height, width)])
+        model = self._deep([(d, _size(r, walked=self._walked)) for d, r in self._shallow(height, width)])
         size = {kind: round(figure) for (_, kind), figure in model.items()}
         return Prediction(size["parameters"], size["flops"], _worst(self._peaks(height, width)))
 
@@ -94,7 +96,7 @@ class Predictor:
 
     def _whole(self, request: Request) -> list[tuple[int, Figures]]:
         """The peaks at full height; none where that takes too many operations and there are small heights."""
-        small, slots = _small_heights(request, rows=1, slots=256), request.height * request.width
+        small, slots = self._walked and _small_heights(request, rows=1, slots=256), request.height * request.width
         if small and slots >= self._long:
             return []
         try:
@@ -152,9 +154,9 @@ def _traced(request: Request, limit: int | None) -> Figures:
     return {(place, kind): Fraction(size) for place, kinds in peaks.items() for kind, size in kinds.items()}
 
 
-def _size(request: Request) -> Figures:
-    """Parameters and FLOPs."""
-    heights = _small_heights(request, rows=16, slots=1) if request.height * request.width > LONG else []
+def _size(request: Request, walked: bool) -> Figures:
+    """Parameters and FLOPs; `walked`: of a model with mixers."""
+    heights = _small_heights(request, rows=16, slots=1) if walked and request.height * request.width > LONG else []
     if not heights:
         return _counted(request)
     return _continued([(h, _counted(replace(request, height=h))) for h in heights], request.height)
@@ -172,7 +174,7 @@ def _small_heights(request: Request, rows: int, slots: int) -> list[int]:
     They leave the same rest as the request's height in `rows` and in the rows that fill the units of the mixers' loops,
     of which each height has at least two.
     """
-    unit, width = _unit(request), request.width
+    unit, width = lcm(*(mixer.unit for mixer in _mixers(request))), request.width
     stride = lcm(rows, unit // gcd(width, unit))
     slots = max(slots, 2 * unit)
     stride *= -(-slots // (stride * width))
@@ -182,12 +184,16 @@ def _small_heights(request: Request, rows: int, slots: int) -> list[int]:
     return heights if heights[-1] < request.height else []
 
 
-def _unit(request: Request) -> int:
-    """Slots that all the mixers' loops over the sequence take a whole number of times."""
-    return lcm(*(module.unit for module in trace.build(request).modules() if isinstance(module, Mixer)))
+def _mixers(request: Request) -> list[Mixer]:
+    """The model's; a whole model of other layers, whose widths may follow from its depth, has none."""
+    return [module for module in trace.build(request).modules() if isinstance(module, Mixer)]
 
 
 # --- from few layers to many ------------------------------------------------------------------------------------------
+
+
+def _small(request: Request) -> Request:
+    return replace(request, height=min(request.height, 8), width=min(request.width, 8))
 
 
 def _with_depth(request: Request, depth: int) -> Request:
@@ -199,8 +205,7 @@ def _with_depth(request: Request, depth: int) -> Request:
 
 def _small_depths(request: Request) -> list[int]:
     """Two depths on whose line the request's lies, layer by layer, a period of layers apart; or the request's own."""
-    depth = request.config.model.depth
-    small = replace(request, height=min(request.height, 8), width=min(request.width, 8))
+    depth, small = request.config.model.depth, _small(request)
     layers = cache(lambda d: _layers(_with_depth(small, d)))
     for period, periods in product(PERIODS, (1, 2)):
         first = depth % period + periods * period

@@ -131,7 +131,7 @@ def test_few_rows_that_do_otherwise_are_not_continued(monkeypatch: pytest.Monkey
 def test_flops_of_many_rows_from_few(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     request = replace(request_for(variant, 24, depth=1), height=96)
     monkeypatch.setattr(predict, "LONG", 1)
-    figures = predict._size(request)
+    figures = predict._size(request, walked=True)
     assert figures["model", "flops"] == trace.build(request).flops()  # type: ignore[operator]
 
 
