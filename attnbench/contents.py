@@ -102,6 +102,13 @@ ENTRIES: tuple[Entry, ...] = (
         "runs of one setting at several learning rates",
     ),
     Entry("failures", "all", "Runs that did not end well", tables.failures, "nothing: it is empty when all went well"),
+    Entry(
+        "replicas",
+        "all",
+        "Beside a published model of the same data, tokens and shape",
+        tables.replicas,
+        "runs of the suites replica and replica-tenth",
+    ),
     Entry("published", "all", "What others published, under other protocols", tables.published, ""),
     Entry("transfer", "C3", "Trained models at other sides", afterwards.transfer, "python -m attnbench.transfer", True),
     Entry("surgery", "C4", "Trained models under other masks", afterwards.surgery, "python -m attnbench.surgery", True),

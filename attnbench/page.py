@@ -88,6 +88,8 @@ COLUMNS: dict[str, Column] = {
     "row_start_excess": Column("row starts less inside", "{:+.4f}".format),
     "rank_correlation": Column("rank correlation", "{:.2f}".format),
     "against_baseline": Column("against the baseline"),
+    "against_published": Column("less the published loss", "{:+.4f}".format),
+    "share_of_steps": Column("share of its steps", "{:.2g}".format),
     "tokens": Column("tokens", _count),
     "seeds": Column("n (seeds)", _count),
     "seed": Column("seed", _count),

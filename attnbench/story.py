@@ -53,6 +53,7 @@ def text(results: Path, suite: str, root: Path) -> str:
         "",
         f"![Nats per token of {len(front)} settings against what they cost]({here}/report/figures/cost.png)",
         "",
+        *_beside(tables.replicas(runs)),
         *_completions(results, here, runs),
         "What of it has been run so far:",
         "",
@@ -75,14 +76,27 @@ COLUMNS = ("setting", "rank", "seeds", "nats_per_token", "probe_accuracy_best", 
 
 
 def _table(front: Any) -> Iterator[str]:
+    spread = [name for name in front.columns if name.rpartition("_")[0] in COLUMNS and name.endswith(("_low", "_high"))]
+    yield from _markdown(front[[*(n for n in COLUMNS if n in front), *spread]])
+
+
+def _markdown(table: Any) -> Iterator[str]:
     from attnbench import page
 
-    spread = [name for name in front.columns if name.rpartition("_")[0] in COLUMNS and name.endswith(("_low", "_high"))]
-    shown = page.shown("front", "front", "", front[[*(n for n in COLUMNS if n in front), *spread]], "")
+    shown = page.shown("story", "story", "", table, "")
     yield "| " + " | ".join(shown.heads) + " |"
     yield "|---" * len(shown.heads) + "|"
     for row in shown.rows:
         yield "| " + " | ".join(field.text for field in row) + " |"
+
+
+def _beside(replicas: Any) -> Iterator[str]:
+    """Runs beside published models that they share everything but the attention and the budget with."""
+    if not replicas.empty:
+        yield "With the data, tokens, shape and batch of a published model, ranked with it by validation loss:"
+        yield ""
+        yield from _markdown(replicas)
+        yield ""
 
 
 def _completions(results: Path, here: Path, runs: Any) -> Iterator[str]:

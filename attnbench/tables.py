@@ -386,10 +386,41 @@ def failures(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def published(runs: pd.DataFrame) -> pd.DataFrame:
-    """What others published, and the best of ours on data of that name; never the same protocol."""
-    table = pd.DataFrame(yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")))
+    """What others published; never the same protocol."""
+    table = pd.DataFrame(_published())
     table["protocol"] = "another"
     return table[["data", "model", "value", "unit", "note", "protocol"]]
+
+
+def replicas(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs with the data, tokens, shape and batch of a published model, ranked with it by validation loss.
+
+    `share_of_steps`: of its number of training steps. Rate and optimiser are ours to choose.
+    """
+    rows = []
+    for other in _published():
+        own = frame.select(runs, other["like"]) if "like" in other else runs.head(0)
+        beside = [_beside(other, setting, tries) for _, setting, tries in groups(own[own["validation"].notna()])]
+        if beside:
+            known = {"validation": other["value"], "share_of_steps": 1.0, "lr": other["lr"]}
+            rows += [*beside, dict.fromkeys(beside[0], "–") | {"setting": f"published: {other['model']}"} | known]
+    return pd.DataFrame(rows).sort_values("validation", ignore_index=True) if rows else pd.DataFrame()
+
+
+def _beside(other: dict[str, Any], setting: str, own: pd.DataFrame) -> dict[str, Any]:
+    first, validation = own.iloc[0], own["validation"].mean()
+    optimiser = frame.lookup(first["record"], "train.optimiser") or RunConfig().train.optimiser
+    return {
+        "setting": setting, "validation": validation, "against_published": validation - other["value"],
+        "share_of_steps": first["steps"] / other["steps"], "nats_per_token": own["nats_per_token"].mean(),
+        "probe_accuracy_best": own["probe_accuracy_best"].mean(), "optimiser": optimiser, "lr": first["lr"],
+        "parameters": own["parameters"].median(), "seeds": len(own),
+    }  # fmt: skip
+
+
+def _published() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
+    return found
 
 
 def every_run(runs: pd.DataFrame) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from attnbench import cli, frame, record, report, suite, sweep
+from attnbench import cli, frame, record, report, suite, sweep, tables
 from tests import synthetic_records as synthetic
 
 PNG = bytes.fromhex(
@@ -171,6 +171,24 @@ def test_published_figures_are_marked_as_another_protocol(study: Path) -> None:
     text = page_of(study / "report").text
     assert "Sparse Transformer (strided)" in text
     assert text.count("another") >= 20
+
+
+def test_runs_at_a_published_shape_are_ranked_with_its_figure() -> None:
+    """The public replica reached 0.7103 in 24,476 steps; what has another batch, or other tokens, is not its like."""
+    like = {"data": {"tokens": "palette", "colours": 16}, "model": {"dim": 16, "depth": 8, "heads": 2}}
+
+    def one(variant: str, nats: float, batch: int = 64, **more: Any) -> dict[str, Any]:
+        told = like | {"train": {"batch": batch}} | more
+        return synthetic.one(variant, side=28, steps=2400, data="fashion-mnist", nats=nats, settings=told)
+
+    records = [one("dense1d", 0.80), one("local2d", 0.65), one("axial", 0.60, batch=32)]
+    records += [one("linear", 0.60, data={"tokens": "palette", "colours": 8})]
+    table = tables.replicas(frame.frame(records))
+    assert [name.partition(":")[0] for name in table["setting"]] == ["local2d", "published", "dense1d"]
+    assert table["share_of_steps"].tolist() == pytest.approx([2400 / 24476, 1, 2400 / 24476])
+    assert table["validation"][1] == 0.7103
+    assert table["against_published"][0] == pytest.approx(table["validation"][0] - 0.7103)
+    assert tables.replicas(frame.frame(records[2:])).empty
 
 
 def test_the_same_records_give_the_same_bytes(study: Path, tmp_path: Path) -> None:
