@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 import subprocess
 import sys
@@ -307,12 +309,26 @@ def test_operators_work_under_compile_and_with_fake_and_meta_tensors(attend: Att
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("attend", [local(3, 5, 2), scanned, whole])
-def test_what_is_no_number_is_not_hidden(attend: Attend) -> None:
-    for index in range(3):
-        given = [x.detach().clone() for x in inputs(1, 1, 15, 4)]
-        given[index][0, 0, 4] = float("nan")
+def test_what_is_no_number_is_not_hidden(attend: Attend, dtype: torch.dtype) -> None:
+    """Of either sign: an x86's own is negative."""
+    for index, sign in itertools.product(range(3), (1.0, -1.0)):
+        given = [x.detach().clone().to(dtype) for x in inputs(1, 1, 15, 4)]
+        given[index][0, 0, 4] = math.copysign(math.nan, sign)
         assert attend(*given).isnan().any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_at_the_edge_of_the_normal_numbers_are_as_good_as_none(dtype: torch.dtype) -> None:
+    """Scores that fall below the first by the least exponent, and by a little more and less, in small steps."""
+    least, slots = math.log(torch.finfo(dtype).tiny), 301
+    falls = torch.linspace(least - 2, least + 1, slots, dtype=torch.float64)
+    falls[0] = 0  # every query sees one key that counts
+    q, v = torch.ones(1, 1, slots, 1), torch.arange(1.0, slots + 1)[None, None, :, None]
+    out = whole(*(x.to(dtype) for x in (q, falls[None, None, :, None], v)))
+    assert_close(out, torch.ones_like(out), rtol=1e-6, atol=0)
 
 
 @needs_compiler
