@@ -179,7 +179,7 @@ def _pixelcnn_widths(budget: float, whole: Whole, kernel: int) -> tuple[int, ...
     """Widths of the stream, inside the gate, and before the logits: of those that fit, the most usual."""
     sizes: dict[tuple[int, ...], int] = {}
     for width in range(1, int(budget**0.5) + 2):
-        if _pixelcnn_parameters((width, 0, 0), whole, kernel) > 2 * budget:
+        if sizes and _pixelcnn_parameters((width, 0, 0), whole, kernel) > 2 * budget:
             break  # none of that width or a greater one comes as near as one without parameters would
         at_gates = [_pixelcnn_parameters((width, inner, 2 * width), whole, kernel) for inner in (0, 1)]
         fitting = int((budget - at_gates[0]) / (at_gates[1] - at_gates[0]))
