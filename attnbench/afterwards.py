@@ -78,33 +78,29 @@ def transfer(results: Path) -> pd.DataFrame:
 
 
 def attention(results: Path) -> pd.DataFrame:
-    """C2, C4: where trained models look, by layer: the mean 2D distance, and the share of attention within radius R."""
+    """C2, C4: where trained models look, by layer and head: mean 2D distance, share of attention within a radius."""
     rows = []
     for path in sorted((results / "artifacts").glob("*/attention_map.json")):
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
-            rows += _layers(told)
+            rows += _heads(told)
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
             continue  # not what attention_map writes; the table then lacks it
     return pd.DataFrame(rows)
 
 
-def _layers(told: dict[str, Any]) -> list[dict[str, Any]]:
+def _heads(told: dict[str, Any]) -> list[dict[str, Any]]:
     found = told["attention"]
     return [
         {
-            "setting": str(told["variant"]), "run": str(told["id"]), "layer": layer + 1,
-            "mean_distance": _mean(found["mean_distance"][layer]),
+            "setting": str(told["variant"]), "run": str(told["id"]), "layer": layer + 1, "head": head + 1,
+            "mean_distance": number(distance),
             "mean_distance_if_uniform": number(found["uniform_mean_distance"][layer]),
         }
-        | {f"share_within_{radius}": _mean(share[layer]) for radius, share in found["within"].items()}
-        for layer in range(len(found["mean_distance"]))
+        | {f"share_within_{radius}": number(share[layer][head]) for radius, share in found["within"].items()}
+        for layer, heads in enumerate(found["mean_distance"])
+        for head, distance in enumerate(heads)
     ]  # fmt: skip
-
-
-def _mean(heads: Any) -> float | None:
-    values = [value for value in (number(head) for head in heads) if value is not None]
-    return sum(values) / len(values) if values else None
 
 
 def _sorted(rows: list[dict[str, Any]], by: list[str]) -> pd.DataFrame:

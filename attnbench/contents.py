@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from attnbench import afterwards, tables
+from attnbench import afterwards, published, tables
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,10 @@ ENTRIES: tuple[Entry, ...] = (
         "replicas",
         "all",
         "Beside a published model of the same data, tokens and shape",
-        tables.replicas,
+        published.replicas,
         "runs of the suites replica and replica-tenth",
     ),
-    Entry("published", "all", "What others published, under other protocols", tables.published, ""),
+    Entry("published", "all", "What others published, under other protocols", published.figures, ""),
     Entry("transfer", "C3", "Trained models at other sides", afterwards.transfer, "python -m attnbench.transfer", True),
     Entry("surgery", "C4", "Trained models under other masks", afterwards.surgery, "python -m attnbench.surgery", True),
     Entry(

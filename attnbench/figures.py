@@ -11,16 +11,19 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from attnbench import frame, stats, tables
+from attnbench import afterwards, frame, stats, tables
 
 INK = "#010203"  # stands for the colour of the page's text until the SVG is written
-MOST_LINES = 12
-"""At most so many settings in one figure; the best by likelihood."""
+MOST_LINES = 7
+"""At most so many settings as lines of one figure, the best by likelihood: more are not told apart."""
+MOST_DOTS = 12
+"""At most so many settings as dots of a colour each."""
 
 
 @dataclass(frozen=True)
@@ -37,30 +40,34 @@ class Picture:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How a figure is made: `draw(axes, runs)` returns its text alternative, or None where there is nothing to draw."""
+    """How a figure is made: `draw(axes, runs)` returns its text alternative, or None where there is nothing to draw.
+
+    `draw` is given the folder of results where `outside` the runs.
+    """
 
     key: str
     claim: str
     title: str
-    draw: Callable[[Any, pd.DataFrame], str | None]
+    draw: Callable[[Any, Any], str | None]
+    outside: bool = False
 
 
-def pictures(runs: pd.DataFrame, only: set[str] | None = None, png: bool = False) -> Iterator[Picture]:
-    """Every figure that the records carry (of `only` these keys, if given)."""
+def pictures(runs: pd.DataFrame, results: Path, only: set[str] | None = None, png: bool = False) -> Iterator[Picture]:
+    """Every figure that the records and what lies beside them in `results` carry (of `only` these keys, if given)."""
     if tables.finished(runs).empty:
         return
     for drawing in DRAWINGS:
         if only is None or drawing.key in only:
-            found = _picture(drawing, runs, png)
+            found = _picture(drawing, results if drawing.outside else runs, png)
             if found is not None:
                 yield found
 
 
-def _picture(drawing: Drawing, runs: pd.DataFrame, png: bool) -> Picture | None:
+def _picture(drawing: Drawing, given: pd.DataFrame | Path, png: bool) -> Picture | None:
     with _style(drawing.key) as plt:
         figure, axes = plt.subplots(figsize=(5.4, 3.8))
         try:
-            alt = drawing.draw(axes, runs)
+            alt = drawing.draw(axes, given)
             if alt is None:
                 return None
             picture = _raster(figure) if png else None
@@ -86,7 +93,7 @@ def _style(key: str) -> Iterator[Any]:
     }  # fmt: skip
     with (
         seaborn.axes_style("whitegrid"),
-        seaborn.color_palette(_colours(MOST_LINES)),
+        seaborn.color_palette(_colours(MOST_DOTS)),
         plt.rc_context({**ink, **plain}),
     ):
         yield plt
@@ -133,24 +140,22 @@ def _leading(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def likelihood_against_cost(axes: Any, runs: pd.DataFrame) -> str | None:
-    """Nats per token against peak memory of training, or FLOPs where memory was not measured: a colour for each family,
-    a number for each setting of the Pareto front."""
-    known = tables.finished(runs)
-    known = known[(known["context"] == tables.leading_context(runs)) & known["nats_per_token"].notna()]
-    measured = len(known) > 0 and known["train_peak_bytes"].notna().all()
+    """Nats per token against peak memory of training, or FLOPs where no memory was measured: a colour for each family,
+    a number for each setting of the Pareto front. Settings whose memory was not measured are left out by name."""
+    front = tables.front(runs)
+    if front.empty:
+        return None
+    measured = front["train_peak_bytes"].notna().sum() > 1
     column, scale, label = (
         ("train_peak_bytes", 2**20, "training memory at peak (MiB)")
         if measured
         else ("train_flops_per_image", 1e9, "training cost (GFLOPs/image)")
     )
-    known = known.dropna(subset=[column])
-    if known.empty:
+    means = front.dropna(subset=[column]).set_index("setting").assign(nats=lambda rows: rows["nats_per_token"])
+    if means.empty:
         return None
-    means = known.groupby("setting", sort=False).agg(
-        cost=(column, "median"), nats=("nats_per_token", "mean"), family=("family", "first")
-    )
-    means["cost"] /= scale
-    means["low"], means["high"] = zip(*(_ends(rows) for _, _, rows in tables.groups(known)), strict=True)
+    means = means.assign(cost=means[column] / scale, low=means["nats_per_token_low"], high=means["nats_per_token_high"])
+    means[["low", "high"]] = means[["low", "high"]].apply(lambda ends: ends.fillna(means["nats"]))
     families = means.groupby("family", sort=False)
     for (family, rows), colour in zip(families, _colours(families.ngroups), strict=True):
         reach = [(rows["nats"] - rows["low"]).clip(0), (rows["high"] - rows["nats"]).clip(0)]
@@ -169,12 +174,10 @@ def likelihood_against_cost(axes: Any, runs: pd.DataFrame) -> str | None:
         axes.set_xscale("log")
     _legend(axes)
     points = "; ".join(f"{name} {row['nats']:.3f} nats at {row['cost']:.4g}" for name, row in means.iterrows())
-    return f"Dotted and numbered: those that none beats in both, which are {', '.join(map(str, best.index))}. {points}."
-
-
-def _ends(rows: pd.DataFrame) -> tuple[float, float]:
-    found = stats.interval(tables.likelihoods(rows), resamples=500)
-    return (found.estimate, found.estimate) if found.low is None or found.high is None else (found.low, found.high)
+    absent = [str(name) for name in front["setting"] if name not in means.index]
+    left_out = f" Not measured, so not here: {', '.join(absent)}." if absent else ""
+    best_of = ", ".join(map(str, best.index))
+    return f"Dotted and numbered: those that none beats in both, which are {best_of}. {points}.{left_out}"
 
 
 def learning_curves(axes: Any, runs: pd.DataFrame) -> str | None:
@@ -214,20 +217,17 @@ def _growth(column: str, scale: float, label: str) -> Callable[[Any, pd.DataFram
         import seaborn
         from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-        known = tables.finished(runs).dropna(subset=[column, "tokens"])
-        sides = (
-            known.groupby(["setting", "data"])["tokens"].transform("nunique") if len(known) else pd.Series(dtype=float)
-        )
-        known = known[sides > 1]
+        known = tables.at_several_sides(tables.finished(runs).dropna(subset=[column, "tokens"]))
         if known.empty:
             return None
-        most = known["data"].value_counts().index[0]
-        known = known[known["data"] == most]
+        shared = known.groupby("line").agg(sides=("tokens", "nunique"), settings=("setting", "nunique"))
+        known = known[known["line"] == shared.apply(tuple, axis=1).idxmax()]
+        most = frame.context(known["record"].iloc[0], ("side", "model.backend"))
         kept = list(dict.fromkeys(known["setting"]))[:MOST_LINES]
         known = known[known["setting"].isin(kept)].assign(value=known[column] * scale)
         seaborn.lineplot(known, x="tokens", y="value", hue="setting", style="setting", markers=True, dashes=False,
                          ax=axes, errorbar=("pi", 100))  # fmt: skip
-        axes.set(xlabel=f"tokens ({most})", ylabel=label, xscale="log", yscale="log")
+        axes.set(xlabel="tokens", ylabel=label, xscale="log", yscale="log")
         axes.set_xticks(sorted(known["tokens"].unique()), [f"{t:.0f}" for t in sorted(known["tokens"].unique())])
         axes.xaxis.set_minor_locator(NullLocator())
         wide = known["value"].max() / known["value"].min() > 100
@@ -235,39 +235,66 @@ def _growth(column: str, scale: float, label: str) -> Callable[[Any, pd.DataFram
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         _legend(axes)
-        return f"{label[:1].upper()}{label[1:]} at the largest side: " + _last(known, "tokens", "value")
+        return f"{label[:1].upper()}{label[1:]} on {most}, at the largest side: " + _last(known, "tokens", "value")
 
     return draw
 
 
 def by_reach(axes: Any, runs: pd.DataFrame) -> str | None:
-    """Nats per token against the radius of a window."""
+    """Nats per token against the radius of a 2D window, a line for what is otherwise the same setting."""
     import seaborn
 
-    table = tables.windows(runs)
-    if table.empty or table["reach"].nunique() < 2:
+    known = tables.radii(runs)
+    if known.empty:
         return None
-    known = table.dropna(subset=["reach", "nats_per_token"])
-    known = known[known["context"] == known["context"].value_counts().index[0]]
-    seaborn.lineplot(known, x="reach", y="nats_per_token", marker="o", ax=axes)
-    axes.set(xlabel="radius or window (pixels)", ylabel="nats/token")
-    return "Nats per token by reach: " + "; ".join(
-        f"{row.reach:.0f}: {row.nats_per_token:.3f}" for row in known.sort_values("reach").itertuples()
-    )
+    seaborn.lineplot(known, x="radius", y="nats_per_token", hue="setting", marker="o", ax=axes, errorbar=("pi", 100))
+    axes.set(xlabel="radius of the window (pixels)", ylabel="nats/token")
+    axes.set_xticks(sorted(known["radius"].unique()))
+    _legend(axes)
+    means = known.groupby(["setting", "radius"], sort=False)["nats_per_token"].mean().reset_index()
+    told = "; ".join(f"{row.setting} {row.radius:.0f}: {row.nats_per_token:.3f}" for row in frame.rows(means))
+    return f"Nats per token by radius on {known['context'].iloc[0]}, the band its seeds: {told}."
+
+
+def by_cut(axes: Any, results: Path) -> str | None:
+    """What a trained model loses when each pixel is cut off from all beyond a radius, a line a model, the band its test
+    images."""
+    cuts = afterwards.surgery(results)
+    if cuts.empty:
+        return None
+    cuts = cuts.dropna(subset=["reach", "cost_nats_per_token"])
+    told = []
+    for _, own in cuts.groupby(["mask", "weights_of", "fine_tuned_steps"], dropna=False):
+        own = own.sort_values("reach")
+        first = own.iloc[0]
+        tuned = f", tuned for {first['fine_tuned_steps']:.0f} steps" if first["fine_tuned_steps"] > 0 else ""
+        name = f"{first['weights_of']} under {first['mask']}{tuned}"
+        axes.plot(own["reach"], own["cost_nats_per_token"], marker="o", label=name)
+        axes.fill_between(own["reach"], own["cost_nats_per_token_low"], own["cost_nats_per_token_high"], alpha=0.2)
+        points = ", ".join(f"{row.reach:.0f}: {row.cost_nats_per_token:+.3f}" for row in own.itertuples())
+        told.append(f"{name}: {points}")
+    if not told:
+        return None
+    axes.axhline(0, color=INK, linewidth=0.6, linestyle=":")
+    axes.set(xlabel="radius or window that is left (pixels)", ylabel="cost of the cut (nats/token)")
+    axes.set_xticks(sorted(cuts["reach"].unique()))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(title="", loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=1, fontsize=8)
+    return "Nats per token that the cut costs, by what is left. " + "; ".join(told) + "."
 
 
 def loss_against_probe(axes: Any, runs: pd.DataFrame) -> str | None:
     """Probe accuracy against loss, a dot a run: S1."""
     import seaborn
 
-    known = tables.finished(runs).dropna(subset=["nats_per_token", "probe_accuracy_best"])
+    known = tables.trained(runs).dropna(subset=["nats_per_token", "probe_accuracy_best"])
     if len(known) < 3:
         return None
     most = known["data"].value_counts().index[0]
-    kept = known[known["data"] == most]["setting"].value_counts().index[:MOST_LINES]
+    kept = known[known["data"] == most]["setting"].value_counts().index[:MOST_DOTS]
     known = known[(known["data"] == most) & known["setting"].isin(kept)].head(2000)
     seaborn.scatterplot(known, x="nats_per_token", y="probe_accuracy_best", hue="setting", style="setting", ax=axes)
-    axes.set(xlabel="nats/token", ylabel="best probe accuracy")
+    axes.set(xlabel="nats/token (better to the right)", ylabel="best probe accuracy")
     axes.invert_xaxis()
     _legend(axes)
     rho = stats.rank_correlation(known["nats_per_token"].tolist(), known["probe_accuracy_best"].tolist())
@@ -316,6 +343,7 @@ DRAWINGS = (
     Drawing("memory", "C1", "Training memory against sequence length",
             _growth("train_peak_bytes", 2.0**-20, "training memory at peak (MiB)")),
     Drawing("reach", "C4", "Likelihood against the reach of a window", by_reach),
+    Drawing("surgery", "C4", "A trained model under narrower masks", by_cut, outside=True),
     Drawing("state", "C5", "What decoding keeps against sequence length",
             _growth("state_bytes_per_image", 2.0**-10, "decoding state (KiB/image)")),
     Drawing("representation", "S1", "Probe accuracy against loss", loss_against_probe),

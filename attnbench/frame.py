@@ -19,7 +19,8 @@ Record = dict[str, Any]
 RUN = ("id", "status", "variant", "family", "backend", "seed")
 METRICS = (
     "nats_per_token", "bits_per_token", "bits_per_dim", "validation_nats_per_token", "regret_nats_per_token",
-    "probe_accuracy_best", "parameters", "train_flops_per_image", "train_peak_bytes", "predicted_train_peak_bytes",
+    "gap_nats_per_token", "probe_accuracy_best", "parameters", "train_flops_per_image", "train_peak_bytes",
+    "predicted_train_peak_bytes",
     "train_images_per_second", "eval_images_per_second", "sample_images_per_second", "state_bytes_per_image",
     "steps", "seconds",
 )  # fmt: skip
@@ -47,8 +48,16 @@ SETTING = ("variant", "position", "model.options", "model.backend")
 """What makes a subject of comparison; whatever else was set is the context in which it was compared."""
 _COLUMN_OF = {"variant": "variant", "family": "family", "data": "data", "data.name": "data", "side": "height"}
 _NOT_CONTEXT = ("seed", "train.lr", "measure", "sample", "data.root", "probe.enabled", "train.checkpoint_every")
-_SHOWN = {"data.name", "data.side", "model.dim", "model.depth", "model.heads", "model.objective", "train.steps",
-          "train.batch", "train.precision", "device"}  # fmt: skip
+_SHOWN = {
+    "data.name",
+    "data.side",
+    "model.dim",
+    "model.depth",
+    "model.objective",
+    "train.steps",
+    "train.batch",
+    "device",
+}
 
 
 def frame(records: Iterable[Record]) -> pd.DataFrame:
@@ -147,6 +156,11 @@ def context_key(record: Record, without: Iterable[str] = ()) -> str:
     return json.dumps(flat, sort_keys=True, default=str)
 
 
+def alike(runs: pd.DataFrame, *without: str) -> pd.Series:
+    """The context_key of every run: equal where runs differ in no setting but those named and their subject."""
+    return pd.Series([context_key(record, without) for record in runs["record"]], index=runs.index, dtype=object)
+
+
 def part(record: Mapping[str, Any], key: str) -> Record:
     """A record's sub-dictionary, empty where there is none."""
     value = record.get(key)
@@ -243,17 +257,20 @@ def setting(record: Record) -> str:
     return " ".join([*words, *([f"({backend})"] if backend else [])])
 
 
-def context(record: Record) -> str:
-    """Where it was compared, in words: data, shape of the trunk, budget, and whatever else is not at its default."""
+def context(record: Record, without: Iterable[str] = ()) -> str:
+    """Where it was compared, in words: data, shape of the trunk, budget, whatever else is not at its default.
+
+    What is named in `without` is left out.
+    """
     config, data = part(record, "config"), part(record, "data")
     if not config:
         return "unknown"
     model, train = part(config, "model"), part(config, "train")
     side = part(config, "data").get("side") or "?"  # a run that failed early does not know more
-    words = [f"{lookup(record, 'data')} {data.get('height', side)}×{data.get('width', side)}"]
-    words.append(
-        f"{model.get('depth')} layers of {model.get('dim')}, {train.get('steps')} steps of {train.get('batch')}"
-    )
+    size = "" if "side" in without else f" {data.get('height', side)}×{data.get('width', side)}"
+    words = [f"{lookup(record, 'data')}{size}"]
+    steps = "steps" if "train.steps" in without else f"{train.get('steps')} steps"
+    words.append(f"{model.get('depth')} layers of {model.get('dim')}, {steps} of {train.get('batch')}")
     if config.get("device") == "cuda":
         words.append("CUDA")
     if model.get("objective") != "ar":
@@ -261,9 +278,14 @@ def context(record: Record) -> str:
     words += [
         f"{path.removeprefix('train.').replace('.', ' ')} {value}"
         for path, value in _flat(config).items()
-        if not _under(path, (*SETTING, *_NOT_CONTEXT, *_SHOWN)) and (path not in _DEFAULTS or value != _DEFAULTS[path])
+        if not _under(path, (*SETTING, *_NOT_CONTEXT, *_SHOWN, *without)) and value not in _usual(path)
     ]
     return ", ".join(words)
+
+
+def _usual(path: str) -> tuple[Any, ...]:
+    """What a setting's value need not be mentioned for: its default, and the precision that a CPU falls back to."""
+    return (*(["float32"] if path == "train.precision" else []), *([_DEFAULTS[path]] if path in _DEFAULTS else []))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Column:
     head: str
     write: Callable[[float], str] = lambda value: f"{value:.4g}"
     scale: float = 1.0
-    missing: str = "not run"
+    missing: str = "–"
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,13 @@ class Shown:
     left_out: int = 0
 
 
+def compared(front: pd.DataFrame) -> str:
+    """What the front table's settings are compared by, in words."""
+    words = {"train_flops_per_image": "FLOPs", "train_peak_bytes": "peak memory"}
+    found = ["likelihood", *(words[name] for name in tables.pareto_costs(front))]
+    return " and ".join([", ".join(found[:-1]), found[-1]] if found[1:] else found)
+
+
 def _count(value: float) -> str:
     return f"{value:,.0f}"
 
@@ -71,17 +78,25 @@ COLUMNS: dict[str, Column] = {
     "accuracy_last": Column("accuracy at the last layer", "{:.3f}".format),
     "best_depth": Column("best layer", "{:.2f}".format),
     "parameters": Column("parameters", _count),
+    "equal_parameters": Column("as many as the baseline"),
     "train_flops_per_image": Column("training GFLOPs/image", "{:.3g}".format, 1e-9),
     "training_flops": Column("PFLOPs of the whole training", "{:.3g}".format, 1e-15),
-    "train_peak_bytes": Column("training MiB at peak", "{:,.1f}".format, 2.0**-20),
+    "train_peak_bytes": Column("training MiB at peak", "{:,.1f}".format, 2.0**-20, missing="not measured"),
     "predicted_train_peak_bytes": Column("predicted MiB", "{:,.1f}".format, 2.0**-20),
     "train_images_per_second": Column("training images/s", "{:,.1f}".format),
     "sample_images_per_second": Column("sampling images/s", "{:,.1f}".format),
-    "state_bytes_per_image": Column("decoding KiB/image", "{:,.1f}".format, 2.0**-10),
+    "state_bytes_per_image": Column("decoding KiB/image", "{:,.1f}".format, 2.0**-10, missing="not measured"),
     "exponent_seconds_per_image": Column("exponent of training time", "{:.2f}".format),
     "exponent_train_peak_bytes": Column("exponent of training memory", "{:.2f}".format),
     "exponent_state_bytes_per_image": Column("exponent of decoding state", "{:.2f}".format),
-    "crossover_side": Column("faster to train than the baseline from side", "{:.0f}".format, missing="none in range"),
+    "last_exponent_seconds_per_image": Column("of time, two largest sides", "{:.2f}".format),
+    "last_exponent_train_peak_bytes": Column("of memory, two largest sides", "{:.2f}".format),
+    "gap_nats_per_token": Column("what its field cannot know (nats/token)", "{:.4f}".format),
+    "exponent": Column("exponent", "{:.2f}".format),
+    "ratio_to_baseline": Column("times the baseline's at the largest side", "{:.3g}".format),
+    "cheaper_from_side": Column("cheaper than the baseline from side"),
+    "step_cheaper_from_side": Column("training step cheaper from side"),
+    "decoding_cheaper_from_side": Column("decoding cheaper from side"),
     "row_start_nats": Column("nats at row starts", "{:.4f}".format),
     "first_row_nats": Column("nats in the first row", "{:.4f}".format),
     "interior_nats": Column("nats inside", "{:.4f}".format),
@@ -97,8 +112,8 @@ COLUMNS: dict[str, Column] = {
     "sides": Column("sides", _count),
     "seconds": Column("seconds of training", _count),
     "lr": Column("learning rate", "{:g}".format),
+    "rates_tried": Column("rates tried", _count),
     "pareto": Column("Pareto-optimal"),
-    **{f"side_within_{label}": Column(f"side within {label}, extrapolated", _count) for label in tables.MEMORIES},
 }
 
 

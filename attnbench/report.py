@@ -40,6 +40,8 @@ class Declared:
 
     suites: list[Any]
     notes: list[str]
+    since: dict[str, tuple[str, int]]
+    """By the name of a swept suite: when its rules were first declared as they are, and how often they were changed."""
     swept: tuple[str, ...] = ()
     """Names of the suites that were swept here, without those that another of them includes."""
 
@@ -61,19 +63,38 @@ def declared(results: Path) -> Declared:
             found.setdefault(one.name, []).append((str(told["declared"]), one))
         except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
             notes.append(f"{path.name} is no suite that can be read ({type(error).__name__}); its rules are left out.")
-    suites = []
+    suites, since = [], dict[str, tuple[str, int]]()
     for name, versions in sorted(found.items()):
         versions.sort(key=lambda version: version[0])
         suites.append(versions[-1][1])
-        notes.append(f"Suite {name}: its rules were declared on {versions[-1][0]}, before its runs.")
-        if len(versions) > 1:
-            notes.append(
-                f"Suite {name} was changed {len(versions) - 1} times since {versions[0][0]}; the last one counts."
-            )
+        others = {json.dumps(one.model_dump(mode="json")["rules"]) for _, one in versions}
+        since[name] = min(when for when, one in versions if one.rules == suites[-1].rules), len(others) - 1
+    suites = [_own_rules(one, suites) for one in suites]
     included = {name for one in suites for name in one.includes}
     swept = {one.name for one in suites} | included
-    others = [one for one in suite.packaged() if one.name not in swept]
-    return Declared(suites + others, notes, tuple(sorted(swept - included)))
+    unswept = [one for one in suite.packaged() if one.name not in swept]
+    return Declared(suites + unswept, notes, since, tuple(sorted(swept - included)))
+
+
+def _own_rules(one: Any, suites: list[Any]) -> Any:
+    """The suite without the rules that stand in one that it includes and that was swept by itself too."""
+    known = [rule for other in suites if other.name in one.includes for rule in other.rules]
+    return one.model_copy(update={"rules": tuple(rule for rule in one.rules if rule not in known)})
+
+
+def _beforehand(rules: Declared, judged: list[Any], runs: Any) -> list[str]:
+    """Of each swept suite, since when its rules have stood, and how many of the runs that they judge are older."""
+    from attnbench import frame
+
+    made = {str(row.id): str(frame.part(row.record, "environment").get("time") or "") for row in frame.rows(runs)}
+    notes = []
+    for name, (since, changes) in rules.since.items():
+        used = {id for verdict in judged if verdict.suite == name for id in verdict.ids}
+        older = sum(made[id] < since for id in used)
+        changed = f", when they were changed for the {changes}. time" if changes else ""
+        judges = f"{older} of the {len(used)} runs that they judge are older" if used else "they judge no run yet"
+        notes.append(f"Suite {name}: its rules have stood as they are since {since}{changed}; {judges}.")
+    return notes
 
 
 def write(results: Path, folder: Path, quick: bool = False) -> Path:
@@ -93,7 +114,7 @@ def write(results: Path, folder: Path, quick: bool = False) -> Path:
     runs = frame.frame(records)
     rules = declared(results)
     judged = verdicts.judge(runs, rules.suites)
-    pictures = list(figures.pictures(runs, {"cost"} if quick else None, png=not quick))
+    pictures = list(figures.pictures(runs, results, {"cost"} if quick else None, png=not quick))
     front = tables.front(runs)
     made = {entry.key: entry.make(results if entry.outside else runs) for entry in contents.ENTRIES}
     _write_tables(folder, runs, front, made, verdicts.table(judged), verdicts.rules(judged))
@@ -107,9 +128,10 @@ def write(results: Path, folder: Path, quick: bool = False) -> Path:
         "commands": [f"python -m attnbench.sweep {name} --out {_named(results)}" for name in rules.swept],
         "failed": int((runs["status"] != "ok").sum()),
         "problems": problems,
-        "notes": rules.notes,
+        "notes": [*rules.notes, *_beforehand(rules, judged, runs)],
         "cards": page.cards(judged),
         "context": tables.leading_context(runs),
+        "compared": page.compared(front),
         "front": page.shown("front", "front", "Every variant, one row", front, "any finished run", links),
         "tables": [page.shown(e.key, e.claim, e.title, made[e.key], e.note, links) for e in contents.ENTRIES],
         "runs": page.shown("runs", "all", "Every run", tables.every_run(runs), "any run", most=len(runs)),

@@ -66,8 +66,9 @@ def interval(values: Values, level: float = 0.95, resamples: int = RESAMPLES, ex
     The same test images serve every seed, so a resample draws seeds and images crosswise. With few seeds the plain
     percentile interval is far too narrow (three seeds never reach 95 %), so deviations are first widened by
     √(n / (n − 1)) (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015), and the bootstrap's standard
-    error meets a t quantile whose degrees of freedom combine both levels (Satterthwaite, 1946). One seed leaves the
-    spread between seeds unknown: no interval, unless the figure is `exact`, the same for every seed by definition.
+    error meets a t quantile whose degrees of freedom combine both levels (Satterthwaite, 1946). One seed, or seeds that
+    all read the same (counts do, when few are counted), leave the spread between seeds unknown: no interval, unless the
+    figure is `exact`, the same for every seed by definition.
 
     Raises ValueError on an empty table.
     """
@@ -76,9 +77,9 @@ def interval(values: Values, level: float = 0.95, resamples: int = RESAMPLES, ex
         raise ValueError(f"values must be (seeds, units) and not empty, not {values.shape}")
     seeds, units = values.shape
     mean = float(values.mean())
-    if exact or (seeds > 1 and np.ptp(values) == 0):
+    if exact:
         return Interval(mean, mean, mean, 0.0, 0.0, 0.0, math.inf, seeds, units, level)
-    if seeds < 2:
+    if seeds < 2 or np.ptp(values) == 0:
         return Interval(mean, None, None, math.nan, math.nan, math.nan, math.nan, seeds, units, level)
     by_seed, by_unit = _errors(values, resamples)
     error = math.hypot(by_seed, by_unit)

@@ -28,7 +28,7 @@ class StoryConfig(Settings):
 
 def text(results: Path, suite: str, root: Path) -> str:
     """The story in Markdown, its links relative to the folder `root`. Raises Refusal where nothing was run."""
-    from attnbench import frame, page, record, report, tables, verdicts
+    from attnbench import frame, page, published, record, report, tables, verdicts
 
     records, _ = record.read_all(results)
     runs = frame.frame(records)
@@ -46,14 +46,17 @@ def text(results: Path, suite: str, root: Path) -> str:
         "",
         *(_verdict(card) for card in cards),
         "",
-        f"Every variant in the context that most were run in ({tables.leading_context(runs)}); ± is half of the 95 % "
-        "interval over seeds and test images, a rank is a range where intervals do not separate:",
+        f"Every setting in the context that most were run in ({tables.leading_context(runs)}). ± is half of the 95 % "
+        "interval over seeds and test images; a rank is a range where intervals do not separate; Pareto-optimal is "
+        f"what no other row matches in {page.compared(front)} and beats in one. A setting with more learning rates "
+        "tried had more chances:",
         "",
         *_table(front),
         "",
         f"![Nats per token of {len(front)} settings against what they cost]({here}/report/figures/cost.png)",
         "",
-        *_beside(tables.replicas(runs)),
+        *_growth(results, here),
+        *_beside(published.replicas(runs)),
         *_completions(results, here, runs),
         "What of it has been run so far:",
         "",
@@ -68,11 +71,13 @@ def _verdict(card: dict[str, Any]) -> str:
     why = f"; {first['why']}" if first["why"] and first["bar"] else ""
     wrong = [s["correction"] for s in card["statements"] if s["correction"] and s is not first]
     parts = "".join(f" Misstated in part: “{c['quote']}”. {c['truth']}" for c in wrong[:1])
-    return f"- **{card['claim']} {card['verdict']}.** {first['says']}: {first['effect']}{why}.{parts}"
+    return (
+        f"- **{card['claim']}, “{card['title']}”: {card['verdict']}.** {first['says']}: {first['effect']}{why}.{parts}"
+    )
 
 
-COLUMNS = ("setting", "rank", "seeds", "nats_per_token", "probe_accuracy_best", "train_flops_per_image",
-           "train_peak_bytes", "state_bytes_per_image", "pareto")  # fmt: skip
+COLUMNS = ("setting", "rank", "seeds", "lr", "rates_tried", "nats_per_token", "probe_accuracy_best",
+           "train_flops_per_image", "train_peak_bytes", "state_bytes_per_image", "pareto")  # fmt: skip
 
 
 def _table(front: Any) -> Iterator[str]:
@@ -93,10 +98,38 @@ def _markdown(table: Any) -> Iterator[str]:
 def _beside(replicas: Any) -> Iterator[str]:
     """Runs beside published models that they share everything but the attention and the budget with."""
     if not replicas.empty:
-        yield "With the data, tokens, shape and batch of a published model, ranked with it by validation loss:"
+        yield (
+            "With the data, tokens, shape and batch of a published model, by validation loss; ± is the sampling of "
+            "images, of which the validation loss has few. Optimiser, rate and steps are ours; only rows with "
+            "as many parameters as the baseline differ in nothing but the attention:"
+        )
         yield ""
         yield from _markdown(replicas)
         yield ""
+
+
+def _growth(results: Path, here: Path) -> Iterator[str]:
+    """How the cost of each attention grows, and from which side it is below the baseline's; needs cost cells."""
+    from attnbench import afterwards, tables
+
+    costs = afterwards.costs(results)
+    if costs.empty:
+        return
+    passes, step, decoding = (
+        costs[(costs["scope"] == scope) & (costs["cost"] == cost)].set_index("setting")
+        for scope, cost in (("attention", "backward"), ("step", "training"), ("attention", "decoding"))
+    )
+    table = passes[["sides", "exponent", "exponent_low", "exponent_high", "ratio_to_baseline"]].sort_values("exponent")
+    table["step_cheaper_from_side"] = step["cheaper_from_side"]
+    table["decoding_cheaper_from_side"] = decoding["cheaper_from_side"]
+    yield (
+        "How the cost of attention's backward pass grows with the number of pixels, and from which side a whole "
+        f"training step and decoding cost less than with {tables.baseline()}; measured by turns with it, "
+        f"[every cost apart]({here}/report/costs.md):"
+    )
+    yield ""
+    yield from _markdown(table.reset_index())
+    yield ""
 
 
 def _completions(results: Path, here: Path, runs: Any) -> Iterator[str]:

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from attnbench import frame, stats
 from attnbench.config import RunConfig
 
 COSTS = ("train_flops_per_image", "train_peak_bytes", "train_images_per_second", "sample_images_per_second",
          "state_bytes_per_image")  # fmt: skip
-MEMORIES = {"8 GB": 8e9, "24 GB": 24e9, "80 GB": 80e9}
 MOST_RANKED = 60
 """Beyond so many settings in one context the pairwise tests would separate nothing."""
 
@@ -73,23 +70,24 @@ def likelihoods(rows: pd.DataFrame) -> np.ndarray:
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """Every setting in every context, one row: seeds, likelihood and probe with intervals, costs as medians."""
-    known = finished(runs)
-    rows = [_summary_row(context, setting, own) for context, setting, own in groups(known)]
+    """Every setting in every context, one row: seeds, likelihood and probe with intervals, costs as medians.
+
+    Costs are those of any learning rate: they do not depend on it, and not every run measures them.
+    """
+    rows = [_summary_row(context, setting, own) for context, setting, own in groups(finished(runs))]
     if not rows:
         return pd.DataFrame()
-    costs = (
-        known.groupby(["context", "setting"])[["parameters", *COSTS, "training_flops", "seconds"]]
-        .median()
-        .reset_index()
-    )
-    table = pd.DataFrame(rows).merge(costs, on=["context", "setting"])
+    well = runs[runs["status"] == "ok"].groupby(["context", "setting"])
+    costs = well[["parameters", *COSTS, "training_flops", "seconds"]].median()
+    costs["rates_tried"] = runs.groupby(["context", "setting"])["lr"].nunique()
+    table = pd.DataFrame(rows).merge(costs.reset_index(), on=["context", "setting"])
     table["commit"] = table.pop("commit")
     return table.sort_values(["context", "nats_per_token"], ignore_index=True)
 
 
 def _summary_row(context: str, setting: str, own: pd.DataFrame) -> dict[str, Any]:
     row: dict[str, Any] = {"setting": setting, "family": own["family"].iloc[0], "context": context, "seeds": len(own)}
+    row["lr"] = own["lr"].iloc[0]
     nats = own["nats_per_token"].to_numpy(float)
     row |= _figure("nats_per_token", likelihoods(own[~np.isnan(nats)]) if not np.isnan(nats).all() else None)
     for name in ("bits_per_dim", "regret_nats_per_token", "probe_accuracy_best"):
@@ -116,19 +114,26 @@ def front(runs: pd.DataFrame) -> pd.DataFrame:
     context = leading_context(runs)
     if context is None:
         return pd.DataFrame()
-    known = finished(runs)
-    known = known[(known["context"] == context) & known["nats_per_token"].notna()]
-    table = summary(known).drop(columns=["context"])
-    own = {setting: by_seed(rows) for _, setting, rows in groups(known)}
+    beside = runs[(runs["context"] == context) & ~(runs["nats_per_token"].isna() & (runs["status"] == "ok"))]
+    table = summary(beside).drop(columns=["context"])
+    own = {setting: by_seed(rows) for _, setting, rows in groups(finished(beside))}
     order = table["setting"].tolist()
     places = stats.ranks([own[s] for s in order]) if len(order) <= MOST_RANKED else [(1, len(order))] * len(order)
     table.insert(1, "rank", [f"{a}" if a == b else f"{a}–{b}" for a, b in places])
-    # Not by images a second, which tell of the machine and of what else it did.
-    points = table[["nats_per_token", *COSTS[:2]]].dropna(axis="columns", how="any")
+    points = table[pareto_costs(table)].map(lambda cost: float(f"{cost:.3g}"))  # as printed: what looks equal is equal
+    points.insert(0, "nats_per_token", table["nats_per_token"].round(4))
     table = table.drop(columns=["training_flops", "seconds"])
     table.insert(2, "pareto", ["yes" if mark else "" for mark in stats.pareto(points.to_numpy(float).tolist())])
     table.insert(3, "against_baseline", _gains(table, own))
     return table
+
+
+def pareto_costs(table: pd.DataFrame) -> list[str]:
+    """What settings are compared by beside their likelihood: of FLOPs and peak memory what all of them have.
+
+    Not images a second, which tell of the machine and of what else it did.
+    """
+    return [name for name in COSTS[:2] if name in table and table[name].notna().all()]
 
 
 def by_seed(rows: pd.DataFrame) -> dict[int, np.ndarray]:
@@ -152,8 +157,7 @@ def _gains(table: pd.DataFrame, own: dict[str, dict[int, np.ndarray]]) -> list[s
         told = [f"{found.estimate:+.3f} nats"] if found else ["no seed in common"]
         if found and found.high is not None:
             told[0] = f"{found.estimate:+.3f} ± {found.high - found.estimate:.3f} nats"
-        for name, label in (("train_peak_bytes", "memory"), ("train_images_per_second", "speed"),
-                            ("sample_images_per_second", "sampling"), ("train_flops_per_image", "FLOPs")):  # fmt: skip
+        for name, label in (("train_peak_bytes", "memory"), ("train_flops_per_image", "FLOPs")):
             if row[name] > 0 and reference[name] > 0:
                 told.append(f"{row[name] / reference[name]:.2f}× {label}")
         words.append(", ".join(told))
@@ -161,9 +165,7 @@ def _gains(table: pd.DataFrame, own: dict[str, dict[int, np.ndarray]]) -> list[s
 
 
 def ladder(runs: pd.DataFrame) -> pd.DataFrame:
-    """C1: what each setting costs and reaches at each side, where it was run at two sides at least."""
-    known = finished(runs)
-    sides = known.groupby(["setting", "data"])["tokens"].transform("nunique") if len(known) else pd.Series(dtype=float)
+    """C1: what each setting costs and reaches at each side, where nothing but the side differs between two at least."""
     rows = [
         {
             "setting": setting, "data": own["data"].iloc[0], "side": own["side"].iloc[0],
@@ -173,75 +175,47 @@ def ladder(runs: pd.DataFrame) -> pd.DataFrame:
             "train_peak_bytes": own["train_peak_bytes"].median(),
             "train_images_per_second": own["train_images_per_second"].median(),
             "nats_per_token": own["nats_per_token"].mean(), "probe_accuracy_best": own["probe_accuracy_best"].mean(),
-            "context": context,
+            "context": frame.context(own["record"].iloc[0], ("side",)),
         }
-        for context, setting, own in groups(known[sides > 1])
+        for _, setting, own in groups(at_several_sides(finished(runs)))
     ]  # fmt: skip
-    return pd.DataFrame(rows).sort_values(["data", "setting", "tokens"], ignore_index=True) if rows else pd.DataFrame()
+    order = ["data", "context", "setting", "tokens"]
+    return pd.DataFrame(rows).sort_values(order, ignore_index=True) if rows else pd.DataFrame()
+
+
+def at_several_sides(known: pd.DataFrame) -> pd.DataFrame:
+    """The runs whose setting was run at another side too, all else being equal; `line`: what such runs share."""
+    known = known.assign(line=frame.alike(known, "side"))
+    sides = known.groupby(["setting", "line"])["tokens"].transform("nunique")
+    return known[sides > 1]
 
 
 def exponents(runs: pd.DataFrame) -> pd.DataFrame:
-    """C1, C5: how time, memory and decoding state grow with the tokens, as the exponent of a power law over all sides.
+    """C1, C5: how time, memory and decoding state grow with the tokens, as exponents of a power law.
 
-    The crossover is the side from which the setting is faster to train than the baseline, where the two fitted lines
-    meet within ten times the range that was measured. The largest sides are those lines extended: extrapolated.
+    Over all sides, and for time and memory between the two largest, where what a small image costs anyway weighs least.
     """
-    known = finished(runs)
-    lines = {
-        (setting, data, batch): own
-        for (setting, data, batch), own in known.groupby(["setting", "data", _batch(known)], sort=False)
-        if own.dropna(subset=["seconds_per_image"])["tokens"].nunique() > 1
-    }
+    measured = at_several_sides(finished(runs).dropna(subset=["seconds_per_image"]))
     rows = []
-    for (setting, data, batch), own in lines.items():
-        row: dict[str, Any] = {"setting": setting, "data": data, "batch": batch, "sides": own["tokens"].nunique()}
-        row["seeds"] = own["seed"].nunique()
-        for name in ("seconds_per_image", "train_peak_bytes", "state_bytes_per_image"):
-            row |= _figure(f"exponent_{name}", _slopes(own, name))
-        row["crossover_side"] = _crossover(own, lines.get((baseline(), data, batch)))
-        row |= {f"side_within_{label}": _largest(own, limit) for label, limit in MEMORIES.items()}
-        rows.append(row)
+    for (setting, _), own in measured.groupby(["setting", "line"], sort=False):
+        row: dict[str, Any] = {"setting": setting, "sides": own["tokens"].nunique(), "seeds": own["seed"].nunique()}
+        last = own[own["tokens"].isin(sorted(own["tokens"].unique())[-2:])]
+        for name in ("seconds_per_image", "train_peak_bytes"):
+            row |= _figure(f"exponent_{name}", _slopes(own, name)) | _figure(
+                f"last_exponent_{name}", _slopes(last, name)
+            )
+        row |= _figure("exponent_state_bytes_per_image", _slopes(own, "state_bytes_per_image"))
+        rows.append(row | {"context": frame.context(own["record"].iloc[0], ("side",))})
     return pd.DataFrame(rows)
-
-
-def _batch(known: pd.DataFrame) -> pd.Series:
-    found = [frame.lookup(record, "train.batch") for record in known["record"]]
-    return pd.Series(found, index=known.index, name="batch", dtype=object)
 
 
 def _slopes(own: pd.DataFrame, name: str) -> np.ndarray | None:
     found = [
         stats.slope(np.log(rows["tokens"].to_numpy(float)), np.log(rows[name].to_numpy(float)))
         for _, rows in own[own[name] > 0].groupby("seed")
-        if rows["tokens"].nunique() > 1
+        if rows["tokens"].nunique() == own["tokens"].nunique()
     ]
-    return np.asarray(found)[:, None] if found else None
-
-
-def _line(own: pd.DataFrame | None, name: str) -> tuple[float, float] | None:
-    """Slope and intercept of log figure on log tokens over all seeds."""
-    known = own[(own[name] > 0) & own["tokens"].notna()] if own is not None else pd.DataFrame()
-    if own is None or len(known) < 2 or known["tokens"].nunique() < 2:
-        return None
-    x, y = np.log(known["tokens"].to_numpy(float)), np.log(known[name].to_numpy(float))
-    slope = stats.slope(x, y)
-    return slope, float(y.mean() - slope * x.mean())
-
-
-def _crossover(own: pd.DataFrame, base: pd.DataFrame | None) -> float:
-    mine, other = _line(own, "seconds_per_image"), _line(base, "seconds_per_image")
-    if mine is None or other is None or mine == other or mine[0] >= other[0]:
-        return math.nan
-    side = math.exp((mine[1] - other[1]) / (other[0] - mine[0]) / 2)
-    return round(side, 1) if side < 10 * math.sqrt(own["tokens"].max()) else math.nan
-
-
-def _largest(own: pd.DataFrame, limit: float) -> float:
-    line = _line(own, "train_peak_bytes")
-    if line is None or line[0] <= 0:
-        return math.nan
-    side = (math.log(limit) - line[1]) / line[0] / 2
-    return math.floor(math.exp(side)) if side < 16 else math.nan  # beyond a million pixels a side nothing is known
+    return np.round(found, 9)[:, None] if found else None  # beyond it lie the roundings of logarithms
 
 
 def cnns(runs: pd.DataFrame) -> pd.DataFrame:
@@ -254,14 +228,19 @@ def cnns(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def scans(runs: pd.DataFrame) -> pd.DataFrame:
-    """C2: nats per token by setting and scan order, where more than one order was run."""
-    known = finished(runs).copy()
-    known["scan"] = [frame.lookup(record, "scan") or "raster" for record in known["record"]]
-    if known["scan"].nunique() < 2:
-        return pd.DataFrame()
-    both = known[known["data"].isin(known[known["scan"] != "raster"]["data"])]
-    table = both.pivot_table(index=["data", "setting"], columns="scan", values="nats_per_token", aggfunc="mean")
-    return table.reset_index().rename_axis(columns=None)
+    """C2: nats per token by setting and scan order, where nothing but the order differs between two at least."""
+    known = trained(runs).dropna(subset=["nats_per_token"])
+    known = known.assign(
+        scan=[frame.lookup(record, "scan") or "raster" for record in known["record"]], line=frame.alike(known, "scan")
+    )
+    rows = [
+        {"setting": setting, "seeds": own.groupby("scan")["seed"].nunique().min()}
+        | own.groupby("scan")["nats_per_token"].mean().to_dict()
+        | {"context": frame.context(own["record"].iloc[0], ("scan",))}
+        for (setting, _), own in known.groupby(["setting", "line"], sort=False)
+        if own["scan"].nunique() > 1
+    ]
+    return pd.DataFrame(rows)
 
 
 def places(runs: pd.DataFrame) -> pd.DataFrame:
@@ -276,23 +255,36 @@ def places(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def regrets(source: str) -> Table:
-    """Regret over the optimum on one synthetic source, by setting."""
+    """Regret over the optimum on one synthetic source, by setting; beside it what its receptive field costs anybody."""
 
     def make(runs: pd.DataFrame) -> pd.DataFrame:
         known = trained(runs)
-        table = summary(known[(known["data"] == source) & known["regret_nats_per_token"].notna()])
+        known = known[(known["data"] == source) & known["regret_nats_per_token"].notna()]
+        table = summary(known)
         if table.empty:
             return table
-        return table[["setting", "context", "seeds", *_spread("regret_nats_per_token"), "nats_per_token"]]
+        gaps = known.groupby(["context", "setting"], as_index=False)["gap_nats_per_token"].mean()
+        table = table.merge(gaps, on=["context", "setting"])
+        names = (
+            "setting",
+            "context",
+            "seeds",
+            *_spread("regret_nats_per_token"),
+            "gap_nats_per_token",
+            "nats_per_token",
+        )
+        return table[list(names)]
 
     return make
 
 
 def positions(runs: pd.DataFrame) -> pd.DataFrame:
-    """C3: nats per token by what mixes and by positional encoding, where more than one was run."""
+    """C3: nats per token by what mixes, as it comes, and by positional encoding, where more than one was run."""
     from attnbench import variants  # imports torch
 
-    known = finished(runs).copy()
+    known = trained(runs)
+    plain = [not any(path.startswith("model.") for path in frame.told(record)) for record in known["record"]]
+    known = known[np.asarray(plain, dtype=bool)].copy()
     known["position"] = [frame.lookup(record, "position") for record in known["record"]]
     known["mixer"] = known["variant"].map(variants.mixer)
     table = known.pivot_table(index=["context", "mixer"], columns="position", values="nats_per_token", aggfunc="mean")
@@ -310,6 +302,23 @@ def windows(runs: pd.DataFrame) -> pd.DataFrame:
         return table
     table["reach"] = table["setting"].map(reach)
     return table[["setting", "reach", "context", "seeds", *_spread("nats_per_token"), *COSTS]]
+
+
+def radii(runs: pd.DataFrame) -> pd.DataFrame:
+    """C4: nats per token by radius and what is otherwise the same setting, in the context with most radii."""
+    found = []
+    for row in frame.rows(trained(runs).dropna(subset=["nats_per_token"])):
+        radius = frame.number(frame.lookup(row.record, "model.options.radius"))
+        if radius is not None:
+            words = [word for word in str(row.setting).split() if word != f"radius={radius}"]
+            found.append((" ".join(words), row.context, float(radius), row.nats_per_token))
+    table = pd.DataFrame(found, columns=["setting", "context", "radius", "nats_per_token"])
+    several = table.groupby(["setting", "context"])["radius"].transform("nunique")
+    table = table[several > 1]
+    if table.empty:
+        return table
+    most = table.groupby("context")["radius"].agg(["nunique", "size"]).apply(tuple, axis=1).idxmax()
+    return table[table["context"] == most]
 
 
 def _reach(record: frame.Record) -> float:
@@ -331,18 +340,21 @@ def decoding(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def correlations(runs: pd.DataFrame) -> pd.DataFrame:
-    """S1: rank correlation of loss and probe accuracy over all runs of a setting on one data set."""
-    known = finished(runs).dropna(subset=["nats_per_token", "probe_accuracy_best"])
+    """S1: rank correlation of loss and probe accuracy over a setting's lengths of training, all else being equal."""
+    known = trained(runs).dropna(subset=["nats_per_token", "probe_accuracy_best"])
+    known = known.assign(line=frame.alike(known, "train.steps"))
     rows = []
-    for (data, setting), own in known.groupby(["data", "setting"], sort=False):
+    for (setting, _), own in known.groupby(["setting", "line"], sort=False):
         by_seed = [
             stats.rank_correlation(rows["nats_per_token"].tolist(), rows["probe_accuracy_best"].tolist())
             for _, rows in own.groupby("seed")
         ]
         values = np.asarray([value for value in by_seed if not math.isnan(value)])
         if len(values):
-            rows.append({"data": data, "setting": setting, "runs": len(own), "seeds": len(values)}
-                        | _figure("rank_correlation", values[:, None]))  # fmt: skip
+            context = frame.context(own["record"].iloc[0], ("train.steps",))
+            row = {"setting": setting, "context": context, "runs": len(own), "seeds": len(values)}
+            figure = _figure("rank_correlation", values[:, None])
+            rows.append(row | {name: max(-1.0, min(1.0, value)) for name, value in figure.items()})
     return pd.DataFrame(rows)
 
 
@@ -372,7 +384,7 @@ def tuning(runs: pd.DataFrame) -> pd.DataFrame:
                 "setting": first["setting"], "context": first["context"], "lr": lr, "runs": len(tries),
                 "rates_tried": cell["lr"].nunique(), "failed": int((tries["status"] != "ok").sum()),
                 "validation": tries["validation"].mean(),
-                "chosen": "yes" if bool(first["chosen"]) else "",
+                "chosen": "yes" if bool(tries["chosen"].any()) else "",
             })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -383,44 +395,6 @@ def failures(runs: pd.DataFrame) -> pd.DataFrame:
     table = lost[["id", "status", "setting", "context", "seed"]].copy()
     table["reason"] = [str(record.get("reason") or "")[:200] for record in lost["record"]]
     return table
-
-
-def published(runs: pd.DataFrame) -> pd.DataFrame:
-    """What others published; never the same protocol."""
-    table = pd.DataFrame(_published())
-    table["protocol"] = "another"
-    return table[["data", "model", "value", "unit", "note", "protocol"]]
-
-
-def replicas(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs with the data, tokens, shape and batch of a published model, ranked with it by validation loss.
-
-    `share_of_steps`: of its number of training steps. Rate and optimiser are ours to choose.
-    """
-    rows = []
-    for other in _published():
-        own = frame.select(runs, other["like"]) if "like" in other else runs.head(0)
-        beside = [_beside(other, setting, tries) for _, setting, tries in groups(own[own["validation"].notna()])]
-        if beside:
-            known = {"validation": other["value"], "share_of_steps": 1.0, "lr": other["lr"]}
-            rows += [*beside, dict.fromkeys(beside[0], "–") | {"setting": f"published: {other['model']}"} | known]
-    return pd.DataFrame(rows).sort_values("validation", ignore_index=True) if rows else pd.DataFrame()
-
-
-def _beside(other: dict[str, Any], setting: str, own: pd.DataFrame) -> dict[str, Any]:
-    first, validation = own.iloc[0], own["validation"].mean()
-    optimiser = frame.lookup(first["record"], "train.optimiser") or RunConfig().train.optimiser
-    return {
-        "setting": setting, "validation": validation, "against_published": validation - other["value"],
-        "share_of_steps": first["steps"] / other["steps"], "nats_per_token": own["nats_per_token"].mean(),
-        "probe_accuracy_best": own["probe_accuracy_best"].mean(), "optimiser": optimiser, "lr": first["lr"],
-        "parameters": own["parameters"].median(), "seeds": len(own),
-    }  # fmt: skip
-
-
-def _published() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
-    return found
 
 
 def every_run(runs: pd.DataFrame) -> pd.DataFrame:

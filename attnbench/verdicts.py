@@ -201,7 +201,7 @@ def _why(verdict: str, found: stats.Interval, more: int | None) -> str:
     if verdict != "undecided":
         return ""
     if found.low is None:
-        return "one seed says nothing about the spread between seeds; at least one more is needed"
+        return "one seed, or seeds that read the same, say nothing about the spread between seeds; more are needed"
     if more is None:
         return "no number of seeds up to 1,000 would be likely to decide it with these test images"
     if more == 0:
@@ -309,6 +309,7 @@ def _slopes(runs: pd.DataFrame, rule: Rule, selector: Selector) -> tuple[pd.Seri
     chosen = frame.select(runs, rule.where, selector).dropna(subset=[rule.metric, rule.against])
     chosen = chosen[(chosen[rule.metric] > 0) & (chosen[rule.against] > 0)]
     chosen = _best_context(chosen, {"side", "data", *selector} - {"variant"})
+    chosen = _whole_seeds(chosen, chosen[rule.against])
     slopes, ids = {}, []
     for seed, rows in frame.by_seed(chosen):
         means = rows.groupby(rule.against)[rule.metric].mean()
@@ -318,6 +319,12 @@ def _slopes(runs: pd.DataFrame, rule: Rule, selector: Selector) -> tuple[pd.Seri
     if not slopes:
         raise NotRun(f"not run at two values of {rule.against} at least: {shown(selector)}")
     return pd.Series(slopes), tuple(ids)
+
+
+def _whole_seeds(chosen: pd.DataFrame, points: pd.Series) -> pd.DataFrame:
+    """The runs of the seeds that have as many different `points` as any: a seed of fewer would tell of others."""
+    counts = points.groupby(chosen["seed"]).nunique()
+    return chosen[chosen["seed"].isin(counts[counts == counts.max()].index)]
 
 
 def _best_context(chosen: pd.DataFrame, without: set[str]) -> pd.DataFrame:
@@ -332,6 +339,7 @@ def _best_context(chosen: pd.DataFrame, without: set[str]) -> pd.DataFrame:
 def correlation(runs: pd.DataFrame, rule: Rule, pair: Pair) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """For each seed the rank correlation of the metric with `against` over every run that the pair selects."""
     chosen = frame.select(runs, rule.where, pair.these).dropna(subset=[rule.metric, rule.against])
+    chosen = _whole_seeds(chosen, chosen["cell"])
     found = {
         seed: stats.rank_correlation(rows[rule.metric].tolist(), rows[rule.against].tolist())
         for seed, rows in frame.by_seed(chosen)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from attnbench import cli, frame, record, report, suite, sweep, tables
+from attnbench import cli, frame, published, record, report, suite, sweep
 from tests import synthetic_records as synthetic
 
 PNG = bytes.fromhex(
@@ -94,6 +94,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for r in (1, 2)
         for s in range(3)
     ]
+    extra += [
+        synthetic.one("dense1d", s, steps=100) for s in range(3)
+    ]  # a third length: two points tell no correlation
     records = [*synthetic.study(), *extra, *radii, synthetic.one("dense2d", 9, status="oom")]
     synthetic.write(out, records)
     for done in records[:6]:
@@ -183,12 +186,12 @@ def test_runs_at_a_published_shape_are_ranked_with_its_figure() -> None:
 
     records = [one("dense1d", 0.80), one("local2d", 0.65), one("axial", 0.60, batch=32)]
     records += [one("linear", 0.60, data={"tokens": "palette", "colours": 8})]
-    table = tables.replicas(frame.frame(records))
+    table = published.replicas(frame.frame(records))
     assert [name.partition(":")[0] for name in table["setting"]] == ["local2d", "published", "dense1d"]
     assert table["share_of_steps"].tolist() == pytest.approx([2400 / 24476, 1, 2400 / 24476])
     assert table["validation"][1] == 0.7103
     assert table["against_published"][0] == pytest.approx(table["validation"][0] - 0.7103)
-    assert tables.replicas(frame.frame(records[2:])).empty
+    assert published.replicas(frame.frame(records[2:])).empty
 
 
 def test_the_same_records_give_the_same_bytes(study: Path, tmp_path: Path) -> None:
@@ -330,7 +333,9 @@ def test_the_rules_that_were_declared_before_the_sweep_are_the_ones_applied(tmp_
     sweep.declare(whole.model_copy(update={"rules": stricter}), tmp_path)
     folder = made(tmp_path)
     assert verdicts_of(folder)["C4"]["verdict"] == "refuted"
-    assert "were declared on" in page_of(folder).text
+    assert re.search(
+        r"Suite quick: .* since \d{4}-.*; (\d+) of the \1 runs that they judge are older", page_of(folder).text
+    )
 
 
 def test_rules_that_were_changed_later_are_told_of(tmp_path: Path) -> None:
@@ -339,7 +344,9 @@ def test_rules_that_were_changed_later_are_told_of(tmp_path: Path) -> None:
     sweep.declare(whole.model_copy(update={"rules": ()}), tmp_path)
     (tmp_path / "suites" / "broken.json").write_text("{")
     text = page_of(made(tmp_path)).text
-    assert "Suite quick was changed 1 times" in text
+    assert re.search(
+        r"Suite quick: .* since \d{4}-\S+, when they were changed for the 1. time; they judge no run", text
+    )
     assert "broken.json is no suite" in text
 
 

@@ -24,9 +24,9 @@ def judged(records: list[dict[str, Any]], *suites: suite.Suite) -> dict[str, dic
 def test_planted_effects_are_found() -> None:
     found = judged(STUDY)
     assert {claim: row["verdict"] for claim, row in found.items()} == {
-        "C1": "supported", "C1a": "refuted", "C1b": "misstated", "C2": "supported", "C2a": "supported",
-        "C3": "supported", "C3a": "misstated", "C3b": "supported", "C4": "supported", "C4a": "misstated",
-        "C4b": "supported", "C5": "supported", "C5a": "undecided", "C5b": "refuted", "S1": "supported",
+        "C1": "supported", "C1a": "refuted", "C1b": "misstated", "C2": "supported", "C2d": "supported",
+        "C3": "supported", "C3a": "misstated", "C3d": "supported", "C4": "supported", "C4a": "misstated",
+        "C4e": "supported", "C5": "supported", "C5a": "undecided", "C5b": "refuted", "S1": "supported",
         "S2": "supported",
     }  # fmt: skip
     assert found["C4"]["low"] < -0.06 < found["C4"]["high"]
