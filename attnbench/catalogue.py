@@ -54,11 +54,20 @@ def _entry(name: str) -> Iterator[str]:
     options = ", ".join(f"`{key}` = {value!r}" for key, value in models.options(name).items()) or "none"
     yield f"- time {variant.time}, memory {variant.memory} a layer"
     yield f"- objectives {', '.join(variant.objectives)}; position `{variant.position}`; options: {options}"
-    yield f"- backends: {', '.join(f'`{backend}`' for backend in variant.cls.backends)}"
+    yield f"- backends: {', '.join(f'`{backend}`' for backend in _backends(name))}"
     yield f"- {variant.reference}"
     if variant.objectives[0] in models.OBJECTIVES:
         yield ""
         yield f"![receptive field of {name}](fields/{name}.png)"
+
+
+def _backends(name: str) -> list[str]:
+    """Of every kind of layer that the variant makes."""
+    import models
+
+    model = models.build(name, height=4, width=4, vocab=4, dim=16, depth=4, heads=2)
+    kinds = getattr(model, "mixers", [models.VARIANTS[name].cls])
+    return list(dict.fromkeys(backend for kind in kinds for backend in kind.backends))
 
 
 def main(argv: list[str] | None = None) -> int:

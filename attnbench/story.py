@@ -58,7 +58,7 @@ def text(results: Path, suite: str, root: Path) -> str:
         *_growth(results, here),
         *_beside(published.replicas(runs)),
         *_completions(results, here, runs),
-        "What of it has been run so far:",
+        f"What of it has been run so far, {_on_gpus(records)}:",
         "",
         *_standing(results, suite),
     ]
@@ -147,27 +147,40 @@ def _completions(results: Path, here: Path, runs: Any) -> Iterator[str]:
             return
 
 
+def _on_gpus(records: Iterable[dict[str, Any]]) -> str:
+    from attnbench import frame
+
+    count = sum(bool(frame.part(done, "environment").get("gpu")) for done in records)
+    return f"{count} of the runs on a GPU" if count else "none of it on a GPU"
+
+
 def _standing(results: Path, name: str) -> Iterator[str]:
-    """How far each suite that it includes has come; a cell that several share counts for the first."""
+    """How far each suite that it includes, or leaves out, has come; a cell that several share counts for the first."""
     from attnbench import budget, experiment, record, schedule, suite
     from models import VARIANTS
 
-    whole = suite.load(name)
     known = {variant.name: variant.family for variant in VARIANTS.values()}
-    cells = suite.cells(whole, known, RunConfig(out=results, device="cpu"))
-    resolved = [cell.model_copy(update={"config": experiment.resolve(cell.config)}) for cell in cells]
-    now = schedule.schedule(
-        whole, resolved, lambda run: record.find(results, run), lambda run, limit: budget.fit(run, limit, results)
-    )
-    done, failed, ready = (
-        Counter(cell.block.partition("/")[0] for cell in part) for part in (now.done, now.failed, now.ready)
-    )
+    whole = suite.load(name)
+    others = [one for one in suite.packaged() if one.name not in (name, *whole.includes)]
+    done, failed, ready = Counter[str](), Counter[str](), Counter[str]()
+    waiting = 0
+    for one in (whole, *others):
+        cells = suite.cells(one, known, RunConfig(out=results, device="cpu"))
+        resolved = [cell.model_copy(update={"config": experiment.resolve(cell.config)}) for cell in cells]
+        now = schedule.schedule(
+            one, resolved, lambda run: record.find(results, run), lambda run, limit: budget.fit(run, limit, results)
+        )
+        waiting += now.waiting
+        for count, found in ((done, now.done), (failed, now.failed), (ready, now.ready)):
+            count.update(cell.block.partition("/")[0] if one is whole else one.name for cell in found)
     yield "| suite | runs done | failed | not run |"
     yield "|---|---:|---:|---:|"
-    for part in whole.includes:
-        yield f"| {part} | {done[part]} | {failed[part]} | {ready[part]} |"
-    if now.waiting:
-        yield f"| of all, waiting for learning rates to be tuned or a speed to be measured | | | {now.waiting} |"
+    for title, key in [(key, key) for key in whole.includes] + [
+        (f"{one.name}, not in {name}", one.name) for one in others
+    ]:
+        yield f"| {title} | {done[key]} | {failed[key]} | {ready[key]} |"
+    if waiting:
+        yield f"| of all, waiting for learning rates to be tuned or a speed to be measured | | | {waiting} |"
 
 
 def fill(readme: str, story: str) -> str:

@@ -48,7 +48,8 @@ class SweepConfig(Settings):
     """Every cell of a suite, skipping what is done."""
 
     suite: Annotated[str, tyro.conf.Positional]
-    """A suite that comes with attnbench (quick, c1 … c5, findings, replica, replica-tenth, reference) or FILE.yaml."""
+    """A suite that comes with attnbench (quick, digits, clothes, colours, c1 … c5, findings, replica, replica-tenth,
+    reference) or FILE.yaml."""
     out: Path = Path("results")
     """Folder of results."""
     engine: Literal["local", "ray", "slurm"] = "local"
