@@ -44,7 +44,7 @@ def results(tmp_path: Path) -> Path:
 
 def test_another_record_another_story(results: Path) -> None:
     before = story.text(results, "quick", results.parent)
-    assert "**C3 " in before and "| local2d | 1" in before
+    assert "**C3, “" in before and "| local2d | 1" in before
     for path in sorted((results / "runs").glob("local2d-*.json")):
         told = json.loads(path.read_text())
         if told["per_image_nats"]:
