@@ -12,33 +12,36 @@ from typing import Any
 
 import pandas as pd
 
-from attnbench import cost, record
+from attnbench import cost, curves, record
 from attnbench.frame import number, part
 
 
 def costs(results: Path) -> pd.DataFrame:
     """C1, C5: how each cost grows with the number of tokens, and the side from which it is below the baseline's.
 
-    Of cells measured by turns with the baseline: the ratio is at the largest side that both reached. Cells of different
-    machines are kept apart.
+    Of cells measured by turns with the baseline, n turns at least: the ratio is at the largest side that both reached,
+    `ratio_at_side`. Cells of different machines, or with other numbers of threads, are kept apart.
     """
     known = [done for done in record.read_all(results, cost.ROOM)[0] if done.get("status") == "ok"]
-    machines: dict[str, list[dict[str, Any]]] = {}
+    machines: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
     for done in known:
         where = part(done, "environment")
-        machines.setdefault(str(where.get("gpu") or where.get("cpu") or "unknown"), []).append(done)
+        machine = str(where.get("gpu") or where.get("cpu") or "unknown")
+        machines.setdefault((machine, number(where.get("threads"))), []).append(done)
     rows = []
-    for machine, cells in machines.items():
-        for curve in cost.curves(cells):
-            fit = curve.fit
+    for (machine, threads), cells in machines.items():
+        for curve in curves.curves(cells):
+            fit, ratio = curve.fit, curve.ratios[-1] if curve.ratios else None
             rows.append({
                 "setting": curve.label, "scope": curve.scope, "cost": curve.cost,
                 "sides": _span([point["side"] for point in curve.points]),
+                "n": min(point["n"] for point in curve.points),
                 "exponent": fit and fit.value, "exponent_low": fit and fit.low, "exponent_high": fit and fit.high,
-                "ratio_to_baseline": curve.ratios[-1].median if curve.ratios else None,
-                "cheaper_from_side": curve.cheaper_from, "machine": machine,
+                "exponent_last": curve.last,
+                "ratio_to_baseline": ratio and ratio.median, "ratio_at_side": ratio and ratio.side,
+                "cheaper_from_side": curve.cheaper_from, "machine": machine, "threads": threads,
             })  # fmt: skip
-    return _sorted(rows, ["machine", "scope", "cost", "setting"])
+    return _sorted(rows, ["machine", "threads", "scope", "cost", "setting"])
 
 
 def _span(sides: list[int]) -> str:

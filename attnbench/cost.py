@@ -7,22 +7,22 @@ alone. A cell that does not fit is a row that says so. Each is a record in out/c
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import yaml
 from pydantic import ByteSize, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError, field_validator
 
 from attnbench import cli
 from attnbench.config import ModelConfig, RunConfig, Scalar, Settings, TrainConfig
+from attnbench.curves import BATCH, PRECISION, SHAPE, curves, label, quartiles, rival_label
 from attnbench.errors import Refusal
 from attnbench.plan import PRESETS
-
-if TYPE_CHECKING:
-    from attnbench.exponents import Exponent, Ratio
 
 FOLDER = Path(__file__).with_name("costs")
 ROOM = "costs"
@@ -32,11 +32,8 @@ VOCAB = 256
 WIDTH = 150
 """Columns that the table needs."""
 
-SHAPE = {"dim": 128, "depth": 6, "heads": 4}
-"""The model, where no preset is named."""
-
-BATCH = 2
-"""Images at a time, where none are told."""
+LEFT = "not run"
+"""What the table says of a cell for which a suite's seconds did not suffice; it is no record's status."""
 
 Scope = Literal["attention", "step"]
 
@@ -96,7 +93,7 @@ class CostSuite(Settings):
 
     needs: Literal["cpu", "cuda"] = "cpu"
     seconds: PositiveFloat
-    """All of it must take no longer."""
+    """All of it takes no longer: what is not measured by then is left for the next time."""
     budget: PositiveFloat
     """Seconds of timing a cell, in place of --budget."""
     limit: PositiveFloat
@@ -191,35 +188,67 @@ def _declared(block: CellsConfig, declared: CostSuite) -> Iterator[Cell]:
 
 
 def _cell(name: str, side: int, scope: Scope, batch: int, shape: dict[str, int] = SHAPE) -> Cell:
-    train = TrainConfig(batch=batch, precision="float32")
+    train = TrainConfig(batch=batch, precision=PRECISION)
     return Cell(RunConfig(variant=name, model=ModelConfig(**shape), train=train, device="cpu"), side, scope)  # type: ignore[arg-type]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measured(cell: Cell, limits: CostConfig, baseline: bool) -> dict[str, Any]:
+def measured(cell: Cell, limits: CostConfig, baseline: bool, ends: float = math.inf) -> dict[str, Any]:
     """The cell's record without its provenance: status, reason, metrics. Never raises for what does not fit.
 
-    `baseline`: whether the baseline is timed by turns with it.
+    `baseline`: whether the baseline is timed by turns with it. `ends`: when all is given up, in seconds since 1970.
     """
     from attnbench import measure
 
     request = measure.Request(cell.config, cell.side, cell.side, VOCAB)
     told: dict[str, Any] = {"request": request.dump(), "scope": cell.scope, "memory": limits.bytes}
     rival = _rival(cell) if baseline else None
-    told |= {"budget": limits.budget, "baseline": rival and rival.dump(), "decoding": cell.decoding}
+    told |= {"budget": limits.budget, "baseline": rival and rival.dump(), "decoding": cell.decoding, "graphs": True}
     metrics: dict[str, Any] = {"peak_bytes": None}
     try:
         if cell.config.device == "cuda":
-            found = measure.in_child("attnbench.duel:both", told, limits.limit)
+            found, left_out = _timed("both", told, limits, ends)
             metrics["peak_bytes"] = found["peak_bytes"]
         else:
-            metrics["peak_bytes"] = measure.in_child("attnbench.duel:memory", told, limits.limit)["peak_bytes"]
-            found = measure.in_child("attnbench.duel:time", told, limits.limit)
+            metrics["peak_bytes"] = _ask("memory", told, limits, ends)["peak_bytes"]
+            found, left_out = _timed("time", told, limits, ends)
     except measure.ChildFailed as failed:
         return {"status": _status(failed), "reason": str(failed)[:500], "backend": None, "metrics": metrics}
-    return {"status": "ok", "backend": found["backend"], "metrics": metrics | _rates(found, cell)}
+    reason = {"reason": "; ".join(left_out)[:500]} if left_out else {}
+    return {"status": "ok", **reason, "backend": found["backend"], "metrics": metrics | _rates(found, cell)}
+
+
+def _timed(kind: str, told: dict[str, Any], limits: CostConfig, ends: float) -> tuple[dict[str, Any], list[str]]:
+    """What a child answers, and what it was not asked for again: CUDA graphs, the baseline. Raises ChildFailed.
+
+    Two may not fit where one does; and a process in which a capture failed can go on with nothing.
+    """
+    from attnbench import duel, measure
+
+    left_out: list[str] = []
+    while True:
+        try:
+            return _ask(kind, told, limits, ends), left_out
+        except measure.ChildFailed as failed:
+            if told["graphs"] and duel.Uncaptured.__name__ in "\n".join(failed.tail):
+                without = "graphs"
+            elif told["baseline"]:
+                without = "baseline"
+            else:
+                raise
+            told = told | {without: None}
+            left_out.append(f"without {without}: {failed}")
+
+
+def _ask(kind: str, told: dict[str, Any], limits: CostConfig, ends: float) -> dict[str, Any]:
+    """What a child answers within the cell's limit and before `ends`. Raises ChildFailed."""
+    from attnbench import measure
+
+    now = time.time()
+    limit = max(0.0, min(limits.limit, ends - now))
+    return measure.in_child(f"attnbench.duel:{kind}", told | {"deadline": now + limit}, limit)
 
 
 def _status(failed: Any) -> str:
@@ -266,28 +295,57 @@ def too_large(cell: Cell, limits: CostConfig) -> str | None:
     return None if need <= limits.bytes else f"needs {need / 1e9:,.1f} GB by plan, more than {limits.memory}"
 
 
-def run(config: CostConfig, todo: Sequence[Cell], say: Any = lambda cell, done: None) -> list[dict[str, Any]]:
-    """Measures every cell that is not measured yet, writes its record, and returns all records."""
+def refused(cell: Cell) -> str | None:
+    """Every reason why the backend that was asked for cannot run here, told by a small model; None if it can."""
+    from attnbench import train
+
+    model = cell.config.model
+    if model.backend == "auto":
+        return None
+    one = model.model_copy(update={"dim": model.dim // model.heads, "heads": 1})
+    try:
+        train.make_model(cell.config.model_copy(update={"model": one, "device": "cpu"}), 4, 4, VOCAB)
+    except Refusal as refusal:
+        return str(refusal)
+    return None
+
+
+def run(
+    config: CostConfig, todo: Sequence[Cell], say: Any = lambda cell, done: None, ends: float = math.inf
+) -> list[dict[str, Any]]:
+    """Measures every cell that is not measured yet, writes its record, and returns all records.
+
+    What is not measured when it `ends`, in seconds since 1970, has no record, but a row with the status LEFT.
+    """
     from attnbench import record
 
     done: list[dict[str, Any]] = []
     for cell in todo:
         found = None if config.force else record.find(config.out, cell.id, "ok", room=ROOM)
         if found is None:
-            found = _identity(cell) | _result(cell, config, done)
-            record.write(config.out, found, replace=config.force, room=ROOM)
+            about = _identity(cell)
+            found = about | _result(about, cell, config, done, ends)
+            if found["status"] != LEFT:
+                record.write(config.out, found, replace=config.force, room=ROOM)
         done.append(found)
         say(cell, found)
     return done
 
 
-def _result(cell: Cell, config: CostConfig, done: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    reason = too_large(cell, config)
-    if reason is not None:
-        return {"status": "oom", "reason": reason, "backend": None, "metrics": {"peak_bytes": None}}
-    base = RunConfig().variant
-    same = [r for r in done if r["variant"] == base and (r["scope"], r["side"]) == (cell.scope, cell.side)]
-    return measured(cell, config, baseline=any(r["status"] == "ok" for r in same) or not same)
+def _result(
+    about: dict[str, Any], cell: Cell, config: CostConfig, done: Sequence[dict[str, Any]], ends: float
+) -> dict[str, Any]:
+    nothing: dict[str, Any] = {"backend": None, "metrics": {"peak_bytes": None}}
+    if time.time() >= ends:
+        return {"status": LEFT, **nothing}
+    if (reason := refused(cell)) is not None:
+        return {"status": "crash", "reason": reason, **nothing}
+    if (reason := too_large(cell, config)) is not None:
+        return {"status": "oom", "reason": reason, **nothing}
+    rival = rival_label(about), cell.scope, cell.side
+    same = [r["status"] for r in done if (label(r), r["scope"], r["side"]) == rival]
+    found = measured(cell, config, "ok" in same or not same, ends)
+    return found if found["status"] == "ok" or time.time() < ends else {"status": LEFT, **nothing}
 
 
 def _identity(cell: Cell) -> dict[str, Any]:
@@ -307,67 +365,7 @@ def _identity(cell: Cell) -> dict[str, Any]:
     }
 
 
-# --- what the records say ---------------------------------------------------------------------------------------------
-
-
-def label(record: dict[str, Any]) -> str:
-    """The variant, and of its model and training whatever differs from what `--variants` takes."""
-    model, train = (record.get("config", {}).get(name, {}) for name in ("model", "train"))
-    words = [str(record["variant"])]
-    if model.get("dim", SHAPE["dim"]) != SHAPE["dim"]:
-        words.append(f"dim {model['dim']}")
-    if train.get("batch", BATCH) != BATCH:
-        words.append(f"batch {train['batch']}")
-    if train.get("compile"):
-        words.append("compiled")
-    backend = model.get("backend", "auto")
-    return " ".join([*words, *([] if backend == "auto" else [f"({backend})"])])
-
-
-def series(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-    """(label, scope, phase or "memory") -> its points: side, tokens, cost, ratio to the baseline (Ratio or None)."""
-    from attnbench.exponents import Ratio
-
-    base = RunConfig().variant
-    peaks = {(label(r), r["scope"], r["side"]): r["metrics"]["peak_bytes"] for r in records if r["variant"] == base}
-    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for r in records:
-        name, backend = label(r), r.get("config", {}).get("model", {}).get("backend", "auto")
-        rival = name.replace(r["variant"], base, 1).removesuffix(f" ({backend})")
-        place = {"side": r["side"], "tokens": r["tokens"]}
-        for phase, timings in r["metrics"].get("phases", {}).items():
-            told = timings.get("ratio")
-            ratio = told and Ratio(r["side"], told["median"], told["low"], told["high"])
-            point = place | {"cost": timings["own"]["median"], "ratio": ratio}
-            found.setdefault((name, r["scope"], phase), []).append(point)
-        peak, other = r["metrics"]["peak_bytes"], peaks.get((rival, r["scope"], r["side"]))
-        if peak and peak > 0:
-            share = Ratio(r["side"], *(peak / other,) * 3) if other and r["variant"] != base else None
-            found.setdefault((name, r["scope"], "memory"), []).append(place | {"cost": peak, "ratio": share})
-    return found
-
-
-class Curve(NamedTuple):
-    """How one cost grows: its points by tokens, its exponent, its ratios to the baseline, and from where it is less."""
-
-    label: str
-    scope: str
-    cost: str
-    points: list[dict[str, Any]]
-    fit: Exponent | None
-    ratios: list[Ratio]
-    cheaper_from: str | None
-
-
-def curves(records: Sequence[dict[str, Any]]) -> Iterator[Curve]:
-    """One for each series."""
-    from attnbench.exponents import crossover, exponent
-
-    for names, found in series(records).items():
-        points = sorted(found, key=lambda point: float(point["tokens"]))
-        fit = exponent([p["tokens"] for p in points], [p["cost"] for p in points])
-        ratios = [p["ratio"] for p in points if p["ratio"]]
-        yield Curve(*names, points, fit, ratios, crossover(ratios).text() if ratios else None)
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def _print(records: Sequence[dict[str, Any]]) -> None:
@@ -382,16 +380,20 @@ def _print(records: Sequence[dict[str, Any]]) -> None:
             cost.add_row(label(r), r["scope"], str(r["side"]), r["status"], "", r.get("reason", ""), "", "", "", peak)
         for phase, t in phases.items():
             own, ratio = t["own"], t.get("ratio")
-            spread = f"{own['low'] * 1e3:,.2f} to {own['high'] * 1e3:,.2f}"
+            low, high = quartiles(own)
+            spread = "" if low is None or high is None else f"{low * 1e3:,.2f} to {high * 1e3:,.2f}"
             share = f"{t['share_of_product']:.1%}" if "share_of_product" in t else ""
             against = f"{ratio['median']:.3f}" if ratio else ""
             row = (f"{own['median'] * 1e3:,.2f}", spread, str(own["n"]), share, against, peak)
             cost.add_row(label(r), r["scope"], str(r["side"]), phase, *row)
-    fits = Table("variant", "scope", "cost", "exponent in n", "95 %", "points", "cheaper than the baseline from side")
+    fits = Table(
+        "variant", "scope", "cost", "exponent in n", "95 %", "points", "last two", "cheaper than the baseline from side"
+    )
     for curve in curves(records):
         fit = curve.fit
         between = "" if fit is None or fit.low is None else f"{fit.low:.2f} to {fit.high:.2f}"
-        found = f"{fit.value:.2f}" if fit else "", between, str(len(curve.points)), curve.cheaper_from or ""
+        slope, last = ("" if value is None else f"{value:.2f}" for value in (fit and fit.value, curve.last))
+        found = slope, between, str(len(curve.points)), last, curve.cheaper_from or ""
         fits.add_row(curve.label, curve.scope, curve.cost, *found)
     console = Console()
     console.width = max(console.width, WIDTH)  # a figure that is cut is no figure
@@ -400,9 +402,10 @@ def _print(records: Sequence[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = cli.parse(CostConfig, argv, prog="attnbench.cost")
+    config, ends = cli.parse(CostConfig, argv, prog="attnbench.cost"), math.inf
     if config.suite is not None:
         declared = suite(config.suite)
+        ends = time.time() + declared.seconds
         if declared.needs == "cuda":
             _need_cuda(config.suite)
         config = config.model_copy(update=declared.model_dump(include={"budget", "limit", "memory"}))
@@ -412,12 +415,13 @@ def main(argv: list[str] | None = None) -> int:
     storage.check_writable(config.out)
 
     def say(cell: Cell, done: dict[str, Any]) -> None:
-        print(
-            f"{cell.config.variant} {cell.scope} {cell.side}: {done['status']} {done.get('reason', '')}",
-            file=sys.stderr,
-        )
+        if done["status"] != LEFT:
+            print(f"{label(done)} {cell.scope} {cell.side}: {done['status']} {done.get('reason', '')}", file=sys.stderr)
 
-    _print(run(config, todo, say))
+    done = run(config, todo, say, ends)
+    _print(done)
+    if left := [f"{label(r)} {r['scope']} {r['side']}" for r in done if r["status"] == LEFT]:
+        print(f"{LEFT}, the suite's time is up: {', '.join(left)}; the same command goes on", file=sys.stderr)
     print(config.out / ROOM)
     return 0
 

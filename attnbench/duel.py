@@ -6,7 +6,9 @@ Shapes: q, k, v (batch, heads, seq, head_dim).
 
 from __future__ import annotations
 
+import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,10 +32,14 @@ WARMUPS = 3
 """Passes before a CUDA graph is captured."""
 
 TIMES = 3
-"""Turns at least, where the budget allows two of them."""
+"""Turns at least, whatever the budget, where the cell's limit of time allows them."""
 
 Phases = dict[str, Callable[[], float]]
 """Phase -> a call that returns its seconds."""
+
+
+class Uncaptured(Exception):
+    """A pass that no CUDA graph holds. The attempt leaves torch's stream, generator and allocator amid a capture."""
 
 
 @dataclass(frozen=True)
@@ -59,38 +65,53 @@ def time_cell(told: dict[str, Any]) -> dict[str, Any]:
     """Seconds of every phase, of the variant and (if `baseline` is given) of the baseline, and of the matrix product.
 
     told: `request`, `scope` ("attention" or "step"), `baseline` (a request or None), `budget` seconds, `memory` bytes,
-    `decoding`, whether that is timed too.
-    Raises AssertionError where an oracle is missed.
+    `decoding`, whether that is timed too, `graphs`, whether CUDA replays the passes, `deadline`, in seconds since 1970.
+    Raises AssertionError where an oracle is missed, Uncaptured.
     """
     request = Request.parse(told["request"])
     limit_memory(told.get("memory"), request.config.device)
-    scope, decoding = told["scope"], told.get("decoding", True)
-    own = subject_of(request, scope, decoding)
+    how = told["scope"], told.get("decoding", True), told.get("graphs", True)
+    own = subject_of(request, *how)
     sides = {"own": own.phases}
     if told.get("baseline"):
-        sides["baseline"] = subject_of(Request.parse(told["baseline"]), scope, decoding).phases
-    found = by_turns(sides, product(request.config.device, request.config.train.precision), told["budget"])
+        sides["baseline"] = subject_of(Request.parse(told["baseline"]), *how).phases
+    yardstick = product(request.config.device, request.config.train.precision)
+    found = by_turns(sides, yardstick, told["budget"], told.get("deadline", math.inf) - time.time())
     return {"phases": found, "flops": _flops(request, told["scope"]), "backend": str(own.module.backend)}
 
 
-def by_turns(sides: dict[str, Phases], yardstick: Callable[[], float], budget: float) -> dict[str, Any]:
+def by_turns(
+    sides: dict[str, Phases], yardstick: Callable[[], float], budget: float, limit: float = math.inf
+) -> dict[str, Any]:
     """Every phase of every side in turn, again and again: {phase: {side: timing, "ratio": timing, "product": timing}}.
 
-    A ratio is taken within a turn, own over baseline, so that what slows a whole turn slows both.
+    A ratio is taken within a turn, own over baseline, so that what slows a whole turn slows both. No turn but the first
+    begins that might not end within `limit` seconds, of which each phase has its share of what the ones before left.
     """
     seconds: dict[str, dict[str, list[float]]] = {phase: {} for phase in sides["own"]}
-    for phase, kept in seconds.items():
+    whole, share = Stopwatch(), budget / len(seconds)
+    for done, (phase, kept) in enumerate(seconds.items()):
+        ends = whole.seconds + (limit - whole.seconds) / (len(seconds) - done)
         for calls in sides.values():
             calls[phase]()  # warm-up
-        watch, turns, share = Stopwatch(), 0, budget / len(seconds)
-        while turns == 0 or watch.seconds < share * (1 if turns >= TIMES else TIMES):
+        watch, turns = Stopwatch(), 0
+        # Room for two turns must be left to begin one, since none takes exactly as long as those before.
+        while turns == 0 or (
+            (turns < TIMES or watch.seconds < share) and whole.seconds + 2 * watch.seconds / turns < ends
+        ):
             kept.setdefault("product", []).append(yardstick())
             for side in list(sides) if turns % 2 == 0 else list(sides)[::-1]:
                 kept.setdefault(side, []).append(sides[side][phase]())
             turns += 1
         if "baseline" in kept:
             kept["ratio"] = [a / b for a, b in zip(kept["own"], kept["baseline"], strict=True)]
-    return {phase: {side: asdict(Timing.of(v)) for side, v in kept.items()} for phase, kept in seconds.items()}
+    return {phase: {side: _timing(v) for side, v in kept.items()} for phase, kept in seconds.items()}
+
+
+def _timing(values: list[float]) -> dict[str, Any]:
+    """The summary; a single value has no quartiles."""
+    found = asdict(Timing.of(values))
+    return found if len(values) > 1 else found | {"low": None, "high": None}
 
 
 def peak_cell(told: dict[str, Any]) -> dict[str, Any]:
@@ -99,8 +120,7 @@ def peak_cell(told: dict[str, Any]) -> dict[str, Any]:
     limit_memory(told.get("memory"), request.config.device)
     if told["scope"] == "step":
         return measure._measure_memory(told["request"])
-    rehearsal = Request(request.config, 8, 8, request.vocab)
-    _there_and_back(*attention(rehearsal))
+    _there_and_back(*attention(request))  # the rehearsal: as measure's, at the same size, for another loads other code
     meter = PeakMeter(request.config.device)
     _there_and_back(*attention(request))
     return {"peak_bytes": meter.bytes()}
@@ -145,10 +165,10 @@ class Subject(NamedTuple):
     phases: Phases
 
 
-def subject_of(request: Request, scope: str, decoding: bool = True) -> Subject:
-    """The subject of a cell. Raises AssertionError where the oracle is missed."""
+def subject_of(request: Request, scope: str, decoding: bool = True, graphs: bool = True) -> Subject:
+    """The subject of a cell. Raises AssertionError where the oracle is missed, Uncaptured."""
     check_oracle(request)
-    return _attention(request, decoding) if scope == "attention" else _step(request)
+    return _attention(request, decoding, graphs) if scope == "attention" else _step(request)
 
 
 def check_oracle(request: Request) -> None:
@@ -191,7 +211,7 @@ def _there_and_back(mixer: nn.Module | None, given: Inputs) -> None:
     torch.autograd.grad(out, given.leaves(), torch.ones_like(out), allow_unused=True)
 
 
-def _attention(request: Request, decoding: bool) -> Subject:
+def _attention(request: Request, decoding: bool, graphs: bool) -> Subject:
     mixer, given = attention(request)
     assert mixer is not None
     device = request.config.device
@@ -211,18 +231,18 @@ def _attention(request: Request, decoding: bool) -> Subject:
         return measure._seconds(lambda: torch.autograd.grad(out, leaves, grad, allow_unused=True), device)
 
     phases: Phases = {"forward": forward, "backward": backward}
-    if device == "cuda" and (replays := _replays(run, given.leaves())):
+    if device == "cuda" and graphs:
         phases = {
             phase: lambda replay=replay: measure._seconds(replay, device)  # type: ignore[misc]
-            for phase, replay in zip(phases, replays, strict=True)
+            for phase, replay in zip(phases, _replays(run, given.leaves()), strict=True)
         }
     if decoding and request.config.model.objective == "ar":
         phases["decoding"] = lambda: _decoding(mixer, given, device)
     return Subject(mixer, phases)
 
 
-def _replays(run: Callable[[], Tensor], leaves: list[Tensor]) -> list[Callable[[], None]] | None:
-    """The forward and the backward pass as CUDA graphs; None where something in them cannot be captured.
+def _replays(run: Callable[[], Tensor], leaves: list[Tensor]) -> list[Callable[[], None]]:
+    """The forward and the backward pass as CUDA graphs. Raises Uncaptured where something in them cannot be captured.
 
     A replay is the device's work without Python's launching, which for a short pass takes longer than the pass.
     """
@@ -239,8 +259,8 @@ def _replays(run: Callable[[], Tensor], leaves: list[Tensor]) -> list[Callable[[
             out = run()
         with torch.cuda.graph(graphs[1], pool=graphs[0].pool(), stream=stream):
             grads = torch.autograd.grad(out, leaves, grad, retain_graph=True, allow_unused=True)
-    except RuntimeError:
-        return None
+    except Exception as error:  # whatever stops a capture, what is half captured serves nobody
+        raise Uncaptured(f"no CUDA graph: {error}") from error
     kept = (out, grad, grads)  # a graph reads and writes where they lie, and keeps none of them
 
     def replay(graph: torch.cuda.CUDAGraph, kept: object) -> None:

@@ -27,13 +27,14 @@ class Crossover:
     """The side from which on a cost is below the baseline's: `side`, and the range that the quartiles leave open.
 
     side is None where it is not within the measured sides: `always` below, or never. `low` and `high` are measured
-    sides or interpolated ones; None beyond the measured.
+    sides or interpolated ones; None beyond the measured. `ranged`: whether there is a range at all.
     """
 
     side: float | None
     low: float | None
     high: float | None
     always: bool = False
+    ranged: bool = True
 
     def text(self) -> str:
         """In words."""
@@ -41,6 +42,8 @@ class Crossover:
             return "at every measured side"
         if self.side is None:
             return "not within the measured sides"
+        if not self.ranged:
+            return f"{self.side:.0f} (no range)"
         low = "?" if self.low is None else f"{self.low:.0f}"
         high = "?" if self.high is None else f"{self.high:.0f}"
         return f"{self.side:.0f} ({low} to {high})"
@@ -48,12 +51,15 @@ class Crossover:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A cost over the baseline's at one side: median and quartiles of the ratios of runs taken in turn."""
+    """A cost over the baseline's at one side: median and quartiles of the ratios of runs taken in turn.
+
+    A single turn has no quartiles.
+    """
 
     side: float
     median: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def exponent(tokens: Sequence[float], costs: Sequence[float], level: float = LEVEL) -> Exponent | None:
@@ -71,10 +77,19 @@ def exponent(tokens: Sequence[float], costs: Sequence[float], level: float = LEV
     return Exponent(float(line.slope), float(line.slope) - reach, float(line.slope) + reach, len(points))
 
 
+def last_exponent(tokens: Sequence[float], costs: Sequence[float]) -> float | None:
+    """The exponent between the two largest numbers of tokens alone, where what is constant weighs least."""
+    largest = sorted(set(tokens))[-2:]
+    points = [(n, c) for n, c in zip(tokens, costs, strict=True) if n in largest]
+    found = exponent([n for n, _ in points], [c for _, c in points])
+    return found.value if found else None
+
+
 def crossover(ratios: Sequence[Ratio]) -> Crossover:
     """Where the ratio falls below 1 for good, between measured sides along a line in (log side, log ratio).
 
-    The range is where the quartiles' lines cross: the lower quartile's first, the upper one's last.
+    The range is where the quartiles' lines cross: the lower quartile's first, the upper one's last; there is none
+    where a ratio has no quartiles.
     """
     points = sorted(ratios, key=lambda ratio: ratio.side)
     if points and all(point.median < 1 for point in points):
@@ -82,9 +97,11 @@ def crossover(ratios: Sequence[Ratio]) -> Crossover:
     side = _falls_below([(p.side, p.median) for p in points])
     if side is None:
         return Crossover(None, None, None)
-    return Crossover(
-        side, _falls_below([(p.side, p.low) for p in points]), _falls_below([(p.side, p.high) for p in points])
-    )
+    lows = [(p.side, p.low) for p in points if p.low is not None]
+    highs = [(p.side, p.high) for p in points if p.high is not None]
+    if min(len(lows), len(highs)) < len(points):
+        return Crossover(side, None, None, ranged=False)
+    return Crossover(side, _falls_below(lows), _falls_below(highs))
 
 
 def _falls_below(points: Sequence[tuple[float, float]]) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from attnbench import afterwards, cost, duel, measure, record
+from attnbench import afterwards, cost, curves, duel, measure, record
+from attnbench.config import RunConfig
 from attnbench.cost import CostConfig
 from attnbench.errors import Refusal
+from tests.timing import LONG, ratio
 
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits are Linux's")
 
@@ -38,6 +41,28 @@ def test_the_two_are_timed_by_turns() -> None:
     assert log[:6] == ["own", "baseline", "own", "baseline", "baseline", "own"]
     assert found["ratio"]["median"] == pytest.approx(3.0) and found["ratio"]["n"] == found["own"]["n"] >= 3
     assert found["product"]["median"] == 0.002
+
+
+def sleeping(seconds: float) -> duel.Phases:
+    """Two phases that take that long."""
+
+    def call() -> float:
+        time.sleep(seconds)
+        return seconds
+
+    return {"forward": call, "backward": call}
+
+
+def test_no_budget_is_too_small_for_three_turns() -> None:
+    found = duel.by_turns({"own": sleeping(0.02)}, lambda: 1.0, budget=1e-3)
+    assert [found[phase]["own"]["n"] for phase in ("forward", "backward")] == [3, 3]
+
+
+def test_the_limit_of_time_ends_the_turns_and_a_single_one_has_no_quartiles() -> None:
+    """Warm-up and turn of both phases are 0.2 s of the 0.3; without a limit the budget would be 100 turns."""
+    found = duel.by_turns({"own": sleeping(0.05)}, lambda: 1.0, budget=5.0, limit=0.3)
+    assert found["forward"]["own"] == {"median": 0.05, "low": None, "high": None, "n": 1}
+    assert found["backward"]["own"]["n"] == 1
 
 
 def test_what_slows_a_whole_turn_leaves_the_ratio() -> None:
@@ -66,6 +91,223 @@ def test_nothing_is_timed_before_its_oracle_has_passed(monkeypatch: pytest.Monke
     monkeypatch.setattr(models.linear.Linear, "forward", lambda *a, **k: right(*a, **k) * 1.001)
     with pytest.raises(AssertionError):
         duel.subject_of(request, "attention")
+
+
+def test_the_rehearsal_has_the_size_of_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another size loads other code, which would be counted."""
+    log: list[Any] = []
+
+    def logged(entry: Any, result: Any) -> Any:
+        log.append(entry)
+        return result
+
+    right = duel.attention
+    monkeypatch.setattr(duel, "attention", lambda told: logged((told.height, told.width), right(told)))
+    monkeypatch.setattr(duel, "PeakMeter", lambda device: logged("meter", measure.PeakMeter(device)))
+    (cell,) = (c for c in cost.cells(CostConfig(variants="dense1d", sides="12")) if c.scope == "attention")
+    duel.peak_cell({"request": measure.Request(cell.config, 12, 12, 5).dump(), "scope": "attention"})
+    assert log == [(12, 12), "meter", (12, 12)]
+
+
+class NoCapture:
+    """Of torch.cuda what a capture needs; its graphs cannot be made, as capture_end says of what was not permitted."""
+
+    def __init__(self, *given: Any, **told: Any) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        if isinstance(self, NoGraph):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def wait_stream(self, other: object) -> None:
+        pass
+
+    def pool(self) -> None:
+        pass
+
+
+class NoGraph(NoCapture):
+    pass
+
+
+def test_a_pass_that_cannot_be_captured_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("Stream", "CUDAGraph", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, NoCapture)
+    monkeypatch.setattr(torch.cuda, "graph", NoGraph)
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(duel.Uncaptured, match="not permitted"):
+        duel._replays(lambda: 2 * x, [x])
+
+
+def test_the_name_of_what_was_not_captured_leaves_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "from attnbench import duel, measure", "def fail(told): raise duel.Uncaptured('x')"
+    (tmp_path / "uncaptured.py").write_text("\n".join([*lines, "measure.main({'time': fail})"]))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(measure.ChildFailed) as failed:
+        measure.in_child("uncaptured:time", {})
+    assert duel.Uncaptured.__name__ in failed.value.tail[-1]
+
+
+class Children:
+    """In place of measure.in_child: keeps what it is told, and answers unless `fails` has an ending and a last line."""
+
+    def __init__(self, fails: Callable[[dict[str, Any]], tuple[str, str] | None] = lambda told: None) -> None:
+        self.fails = fails
+        self.told: list[dict[str, Any]] = []
+
+    def __call__(self, kind: str, told: dict[str, Any], limit: float) -> dict[str, Any]:
+        self.told.append(told | {"kind": kind.rpartition(":")[2], "limit": limit})
+        if (failure := self.fails(self.told[-1])) is not None:
+            raise measure.ChildFailed(kind, failure[0], [failure[1]])
+        timing = {"median": 1.0, "low": 1.0, "high": 1.0, "n": 3}
+        phases = {"forward": {"own": dict(timing), "product": dict(timing)}}
+        return {"peak_bytes": 1, "phases": phases, "flops": {}, "backend": "any"}
+
+
+def attention_cell(variant: str = "linear", side: int = 8, **told: Any) -> cost.Cell:
+    block = cost.CellsConfig(variants=(variant,), scope="attention", sides=(side,), **told)
+    suite = cost.CostSuite(seconds=1, budget=1, limit=1, memory="1GB", cells=(block,))
+    (cell,) = cost._declared(block, suite)
+    return cell
+
+
+def test_what_cannot_be_captured_is_timed_without_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, with the baseline still, and the peak is there."""
+    ask = Children(lambda told: ("ended", "__main__.Uncaptured: no CUDA graph") if told["graphs"] else None)
+    monkeypatch.setattr(measure, "in_child", ask)
+    cell = attention_cell()
+    cell = replace(cell, config=cell.config.model_copy(update={"device": "cuda"}))
+    found = cost.measured(cell, limits(tmp_path), baseline=True)
+    assert found["status"] == "ok" and found["metrics"]["peak_bytes"] == 1
+    assert [bool(told["baseline"]) for told in ask.told] == [True, True]
+    assert found["reason"].startswith("without graphs: ") and "Uncaptured" in found["reason"]
+
+
+@pytest.mark.parametrize("ending", ["was ended by SIGKILL", "took more than 60 s"])
+def test_a_baseline_that_does_not_fit_beside_it_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    ask = Children(lambda told: (ending, "") if told["kind"] == "time" and told["baseline"] else None)
+    monkeypatch.setattr(measure, "in_child", ask)
+    found = cost.measured(attention_cell(), limits(tmp_path), baseline=True)
+    assert found["status"] == "ok" and found["reason"].startswith("without baseline: ") and ending in found["reason"]
+    assert [told["kind"] for told in ask.told] == ["memory", "time", "time"]
+
+
+def test_what_fails_alone_too_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "in_child", Children(lambda told: ("took more than 60 s", "")))
+    assert cost.measured(attention_cell(), limits(tmp_path), baseline=True)["status"] == "timeout"
+
+
+def test_a_child_knows_when_it_must_be_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = Children()
+    monkeypatch.setattr(measure, "in_child", ask)
+    cost.measured(attention_cell(), limits(tmp_path), baseline=True)
+    assert [told["limit"] for told in ask.told] == [60, 60]
+    assert all(told["deadline"] == pytest.approx(time.time() + 60, abs=5) for told in ask.told)
+
+
+def test_only_a_baseline_of_the_same_shape_says_whether_it_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that fits with a batch of 2 admits none with a batch of 8, where it does not; to backends and options it is
+    the same."""
+    ask = Children(lambda told: ("was ended by SIGKILL", "") if told["request"]["config"]["train"]["batch"] == 8 and
+                   told["request"]["config"]["variant"] == "dense1d" else None)  # fmt: skip
+    monkeypatch.setattr(measure, "in_child", ask)
+    todo = [attention_cell("dense1d", batch=batch) for batch in (2, 8)]
+    todo += [attention_cell(batch=8), attention_cell("local2d", options={"local2d": {"radius": 2}})]
+    done = cost.run(limits(tmp_path), todo)
+    assert [r["status"] for r in done] == ["ok", "oom", "ok", "ok"]
+    rivals = {told["request"]["config"]["variant"]: bool(told["baseline"]) for told in ask.told}
+    assert rivals == {"dense1d": False, "linear": False, "local2d": True}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_backend_that_cannot_run_is_refused_without_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every declared cell that names one: the record has the backend's reasons, and the next cell follows."""
+    ask = Children()
+    monkeypatch.setattr(measure, "in_child", ask)
+    named = [cell for cell in cost.cells(CostConfig(suite="gpu")) if cell.config.model.backend != "auto"]
+    done = cost.run(limits(tmp_path), [*named, attention_cell("dense1d")])
+    assert len(named) >= 6 and len(ask.told) == 2
+    assert {r["status"] for r in done[:-1]} == {"crash"} and done[-1]["status"] == "ok"
+    assert all("no CUDA device is here" in r["reason"] for r in done[:-1])
+    assert record.read(tmp_path / "costs" / f"{done[0]['id']}.json")["reason"] == done[0]["reason"]
+
+
+def test_a_suite_ends_in_its_seconds_and_says_what_it_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second cell is cut short, which is no timeout of its own; the third never begins; both follow next time."""
+    slow = [True]
+
+    def answer(told: dict[str, Any]) -> tuple[str, str] | None:
+        if told["request"]["config"]["variant"] == "dense1d" or not slow:
+            return None
+        time.sleep(told["limit"])
+        return f"took more than {told['limit']:g} s", ""
+
+    monkeypatch.setattr(measure, "in_child", Children(answer))
+    (tmp_path / "short.yaml").write_text(
+        "{seconds: 4, budget: 1, limit: 60, memory: 1GB, cells: [{variants: [dense1d, linear, gla], scope: attention,"
+        " sides: [8]}]}"
+    )
+    monkeypatch.setattr(cost, "FOLDER", tmp_path)
+    command = ["--suite", "short", "--out", str(tmp_path)]
+    began = time.monotonic()
+    assert cost.main(command) == 0 and time.monotonic() - began < 20
+    told = capsys.readouterr()
+    assert told.out.count("not run") == 2
+    assert (
+        "not run, the suite's time is up: linear attention 8, gla attention 8; the same command goes on\n" in told.err
+    )
+    assert [r["variant"] for r in record.read_all(tmp_path, cost.ROOM)[0]] == ["dense1d"]
+    slow.clear()
+    cost.main(command)
+    assert [r["status"] for r in record.read_all(tmp_path, cost.ROOM)[0]] == ["ok"] * 3
+
+
+def test_a_label_says_whatever_differs() -> None:
+    """Two radii are two curves, and so are two depths and precisions; a default that is told is none."""
+
+    def named(variant: str, precision: str = "float32", **told: Any) -> str:
+        cell = attention_cell(variant, **told)
+        train = cell.config.train.model_copy(update={"precision": precision})
+        return curves.label(cost._identity(replace(cell, config=cell.config.model_copy(update={"train": train}))))
+
+    assert named("local2d") == named("local2d", options={"local2d": {"radius": 3}}) == "local2d"
+    assert named("local2d", options={"local2d": {"radius": 5}}, backend="flex") == "local2d radius=5 (flex)"
+    assert named("linear", preset="igpt-s", batch=8) == "linear dim 512 depth 24 heads 8 batch 8"
+    assert named("linear", "bfloat16", compile=True) == "linear bfloat16 compiled"
+
+
+def test_the_committed_cells_are_the_cells_of_today() -> None:
+    """The reference's records have the ids that the same settings have now, and plain labels."""
+    known, _ = record.read_all(Path(__file__).parent.parent / "results" / "reference", cost.ROOM)
+    assert len(known) >= 126
+    for done in known:
+        config = RunConfig.model_validate(done["config"])
+        assert cost.Cell(config, done["side"], done["scope"]).id == done["id"]
+        assert curves.label(done) == done["variant"]
+
+
+def test_a_ratio_alternates_after_both_were_warmed() -> None:
+    log: list[str] = []
+    found = ratio(lambda: log.append("s"), lambda: log.append("f"), repeats=2)
+    assert "".join(log) == "fs" + "ffs" + "sff" + "ffs" and found["rounds"] == 3
+
+
+def test_a_ratio_to_what_takes_long_has_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr("tests.timing.seconds", lambda work: work() or (LONG if log[-1] == "s" else 0.5))
+    found = ratio(lambda: log.append("s"), lambda: log.append("f"), rounds=7)
+    assert log.count("s") == 2 and found == {"median": 4.0, "low": 4.0, "high": 4.0, "rounds": 1}
 
 
 @pytest.mark.serial
@@ -117,7 +359,7 @@ def test_exponents_and_crossovers_come_from_records() -> None:
 
     sides = (16, 32, 64, 128)
     records = [made("linear", s, 1e-6 * s**2, 2500 / s**2) for s in sides]
-    points = cost.series(records)["linear", "attention", "forward"]
+    points = curves.series(records)["linear", "attention", "forward"]
     from attnbench.exponents import crossover, exponent
 
     fit = exponent([p["tokens"] for p in points], [p["cost"] for p in points])
@@ -128,25 +370,39 @@ def test_exponents_and_crossovers_come_from_records() -> None:
 def test_the_report_has_a_table_of_the_cells(tmp_path: Path) -> None:
     """A row a cost; another shape, backend or machine is another row, and what did not fit is none."""
 
-    def kept(variant: str, side: int, seconds: float, machine: str = "A", status: str = "ok", **model: Any) -> None:
-        spread = {"median": seconds, "low": seconds, "high": seconds, "n": 3}
-        phases = {"forward": {"own": spread, "ratio": spread | {"median": 50 / side}}} if status == "ok" else {}
-        found = {"id": f"{variant}-{side}-{machine}-{len(model)}", "kind": "cost", "variant": variant, "side": side}
-        found |= {"scope": "attention", "tokens": side**2, "status": status, "environment": {"cpu": machine}}
+    def kept(
+        variant: str, side: int, seconds: float, machine: str = "A", status: str = "ok", n: int = 3, threads: int = 1,
+        against: bool = True, **model: Any,
+    ) -> None:  # fmt: skip
+        spread = {"median": seconds, "low": seconds, "high": seconds, "n": n}
+        ratio = {"ratio": spread | {"median": 50 / side, "low": 49 / side, "high": 51 / side}} if against else {}
+        phases = {"forward": {"own": spread, **ratio}} if status == "ok" else {}
+        found: dict[str, Any] = {
+            "id": f"{variant}-{side}-{machine}-{threads}-{len(model)}",
+            "kind": "cost",
+            "variant": variant,
+        }
+        found |= {"scope": "attention", "side": side, "tokens": side**2, "status": status}
+        found |= {"environment": {"cpu": machine, "threads": threads}}
         found |= {"config": {"model": model}, "metrics": {"peak_bytes": None, "phases": phases}}
         record.write(tmp_path, found, room=cost.ROOM)
 
     for side in (16, 32, 64, 128):
         kept("linear", side, 1e-6 * side**2)
+        kept("linear", side, 1e-6 * side**2, threads=2, n=1, against=side < 128)
     kept("linear", 256, 0.0, status="oom")
     kept("linear", 16, 1.0, backend="blocked")
     kept("linear", 16, 1.0, machine="B")
     table = afterwards.costs(tmp_path)
-    assert list(table["setting"]) == ["linear", "linear (blocked)", "linear"] and list(table["machine"]) == list("AAB")
-    first = table.iloc[0]
-    assert first["sides"] == "16–128" and first["exponent"] == pytest.approx(1.0)
-    assert first["ratio_to_baseline"] == 50 / 128 and first["cheaper_from_side"].startswith("50")
-    assert table.iloc[1]["sides"] == "16" and table["exponent"].isna().tolist() == [False, True, True]
+    assert list(table["setting"]) == ["linear", "linear (blocked)", "linear", "linear"]
+    assert list(table["machine"]) == list("AAAB") and list(table["threads"]) == [1, 1, 2, 1]
+    first, twice = table.iloc[0], table.iloc[2]
+    assert first["sides"] == twice["sides"] == "16–128" and first["exponent"] == pytest.approx(1.0)
+    assert first["exponent_last"] == pytest.approx(1.0)
+    assert first["ratio_to_baseline"] == 50 / 128 and (first["ratio_at_side"], twice["ratio_at_side"]) == (128, 64)
+    assert (first["cheaper_from_side"], twice["cheaper_from_side"]) == ("50 (49 to 51)", "50 (no range)")
+    assert list(table["n"]) == [3, 3, 1, 3]
+    assert table.iloc[1]["sides"] == "16" and table["exponent"].isna().tolist() == [False, True, False, True]
 
 
 def test_the_gpu_suite_is_sound() -> None:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from attnbench.exponents import Exponent, Ratio, crossover, exponent
+from attnbench.exponents import Exponent, Ratio, crossover, exponent, last_exponent
 
 SIDES = [16, 32, 64, 128, 256]
 TOKENS = [float(s * s) for s in SIDES]
@@ -48,6 +48,15 @@ def test_too_few_points() -> None:
     assert exponent([256.0, 1024.0], [1.0, 4.0]) == Exponent(pytest.approx(1.0), None, None, 2)  # type: ignore[arg-type]
 
 
+def test_the_last_exponent_forgets_a_constant() -> None:
+    """n + 1,000 from 256 tokens on: 0.8 over all sides, 0.97 between the last two, whatever their order."""
+    costs = [n + 1000 for n in TOKENS]
+    whole, last = exponent(TOKENS, costs), last_exponent(TOKENS[::-1], costs[::-1])
+    assert whole is not None and whole.value < 0.85
+    assert last == pytest.approx(0.97, abs=0.005)
+    assert last_exponent(TOKENS[:1], costs[:1]) is None and last_exponent([], []) is None
+
+
 def test_crossing_of_two_powers() -> None:
     """n / n² · 2,500 falls below 1 at n = 2,500: side 50; on a log-log line the interpolation is exact."""
     ratios = [Ratio(s, *(2500 / s**2 * f for f in (1.0, 0.81, 1.21))) for s in SIDES]
@@ -69,6 +78,16 @@ def test_a_cost_that_comes_back_does_not_cross_there() -> None:
     found = crossover(ratios)
     assert found.side is not None and 64 < found.side < 128
     assert crossover([*ratios[:2], Ratio(64, 2.0, 0.9, 2.2)]).side is None
+
+
+@pytest.mark.parametrize("single", range(2))
+def test_a_single_turn_leaves_no_range(single: int) -> None:
+    """Where one ratio has no quartiles nobody knows how far the crossing may be."""
+    ratios = [Ratio(16, 2.0, 1.5, 2.5), Ratio(64, 0.5, 0.4, 0.6)]
+    assert crossover(ratios).text() == "32 (24 to 39)"
+    ratios[single] = Ratio(ratios[single].side, ratios[single].median, None, None)
+    found = crossover(ratios)
+    assert (found.low, found.high, found.text()) == (None, None, "32 (no range)")
 
 
 def test_an_open_upper_end() -> None:

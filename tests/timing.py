@@ -23,6 +23,9 @@ from models.geometry import Grid, Scan
 from models.mixer import Layer
 
 BATCH, HEADS, HEAD_DIM = 2, 4, 32
+LONG = 2.0
+"""Seconds of a call from which on one round must do."""
+
 PHASES = ("forward", "forward and backward")
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -78,12 +81,19 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def ratio(slow: Callable[[], object], fast: Callable[[], object], rounds: int = 3, repeats: int = 3) -> dict[str, Any]:
-    """How many times longer `slow` takes: median and range over rounds, in each of which the two alternate."""
+    """How many times longer `slow` takes: median and range over rounds, of which every other begins with `slow`.
+
+    A `slow` of LONG seconds or more has one round, which `rounds` says.
+    """
     fast()
+    if seconds(slow) >= LONG:
+        rounds = 1
     values = []
-    for _ in range(rounds):
-        quick = statistics.median(seconds(fast) for _ in range(repeats))
-        values.append(seconds(slow) / quick)
+    for turn in range(rounds):
+        spent = {}
+        for work in (slow, fast) if turn % 2 else (fast, slow):
+            spent[work] = statistics.median(seconds(work) for _ in range(repeats if work is fast else 1))
+        values.append(spent[slow] / spent[fast])
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "rounds": rounds}
 
 
@@ -119,6 +129,5 @@ def time_attention(
     describe(benchmark, name, backend, phase, side * side, total, peak_bytes(work))
     once = seconds(work)
     if attend is not dense and once < 1:
-        rounds = 1 if side > 64 else 3
-        benchmark.extra_info["times_faster_than_dense"] = ratio(work_of(dense, side, phase), work, rounds)
+        benchmark.extra_info["times_faster_than_dense"] = ratio(work_of(dense, side, phase), work)
     benchmark.pedantic(work, rounds=max(1, min(10, int(2 / once))))

@@ -1,0 +1,94 @@
+"""What cost records say: under which label, how each cost grows with the number of tokens, and where it is the less."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+from attnbench.config import RunConfig
+from attnbench.exponents import Exponent, Ratio, crossover, exponent, last_exponent
+
+SHAPE = {"dim": 128, "depth": 6, "heads": 4}
+"""The model, where no preset is named."""
+
+BATCH = 2
+"""Images at a time, where none are told."""
+
+PRECISION: Literal["float32"] = "float32"
+"""In which `--variants` are measured."""
+
+
+def label(record: dict[str, Any]) -> str:
+    """The variant as it was told to be, and of its model and training whatever differs from what `--variants` takes."""
+    from attnbench import frame  # imports pandas, for which --help need not wait
+
+    model, train = (record.get("config", {}).get(name, {}) for name in ("model", "train"))
+    words = [frame.setting(record)]
+    words += [f"{name} {model[name]}" for name, usual in SHAPE.items() if model.get(name, usual) != usual]
+    if train.get("batch", BATCH) != BATCH:
+        words.append(f"batch {train['batch']}")
+    if train.get("precision", PRECISION) != PRECISION:
+        words.append(train["precision"])
+    if train.get("compile"):
+        words.append("compiled")
+    return " ".join(words)
+
+
+def rival_label(record: dict[str, Any]) -> str:
+    """That of the baseline which the record's variant is timed against: of the same shape, with nothing of its own."""
+    config = record.get("config", {})
+    model = config.get("model", {}) | {"options": {}, "backend": "auto"}
+    return label({"variant": RunConfig().variant, "config": config | {"model": model}})
+
+
+def series(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """(label, scope, phase or "memory") -> its points: side, tokens, cost, n, ratio to the baseline (Ratio or None).
+
+    n: how many turns the cost is the median of.
+    """
+    base = RunConfig().variant
+    peaks = {(label(r), r["scope"], r["side"]): r["metrics"]["peak_bytes"] for r in records if r["variant"] == base}
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for r in records:
+        name, place = label(r), {"side": r["side"], "tokens": r["tokens"]}
+        for phase, timings in r["metrics"].get("phases", {}).items():
+            told = timings.get("ratio")
+            ratio = told and Ratio(r["side"], told["median"], *quartiles(told))
+            point = place | {"cost": timings["own"]["median"], "n": timings["own"]["n"], "ratio": ratio}
+            found.setdefault((name, r["scope"], phase), []).append(point)
+        peak, other = r["metrics"]["peak_bytes"], peaks.get((rival_label(r), r["scope"], r["side"]))
+        if peak and peak > 0:
+            share = Ratio(r["side"], peak / other, None, None) if other and r["variant"] != base else None
+            found.setdefault((name, r["scope"], "memory"), []).append(place | {"cost": peak, "n": 1, "ratio": share})
+    return found
+
+
+def quartiles(timing: dict[str, Any]) -> tuple[float | None, float | None]:
+    """None of a single turn: older records repeat its value there."""
+    return (timing["low"], timing["high"]) if timing["n"] > 1 else (None, None)
+
+
+class Curve(NamedTuple):
+    """How one cost grows: its points by tokens, its exponent, its ratios to the baseline, and from where it is less.
+
+    last: the exponent between the two largest sides alone.
+    """
+
+    label: str
+    scope: str
+    cost: str
+    points: list[dict[str, Any]]
+    fit: Exponent | None
+    last: float | None
+    ratios: list[Ratio]
+    cheaper_from: str | None
+
+
+def curves(records: Sequence[dict[str, Any]]) -> Iterator[Curve]:
+    """One for each series."""
+    for names, found in series(records).items():
+        points = sorted(found, key=lambda point: float(point["tokens"]))
+        grown = [p["tokens"] for p in points], [p["cost"] for p in points]
+        ratios = [p["ratio"] for p in points if p["ratio"]]
+        cheaper_from = crossover(ratios).text() if ratios else None
+        yield Curve(*names, points, exponent(*grown), last_exponent(*grown), ratios, cheaper_from)
