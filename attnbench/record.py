@@ -66,6 +66,12 @@ def canonical(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex.  Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write(folder: Path, record: dict[str, Any], replace: bool = False, room: str = "runs") -> Path:
     """Write `record` (with `id` and `status`) as folder/<room>/<id>.json, adding its `sha256`; the path.
 

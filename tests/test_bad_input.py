@@ -121,8 +121,8 @@ CASES: dict[str, dict[str, str]] = {
     "sample": {
         "": "record is missing",
         "missing.json": "name a run's record",
-        "TEXT": "it is not JSON",
-        "EMPTY": "damaged",
+        "TEXT": "TEXT is no run's record: it is not JSON",
+        "EMPTY": "is no run's record: it is no regular file; name a run's record",
         "FAILED": "ended with 'crash'",
         "ALONE --out OUT/x.png": "lacks what the run left",
         "RUN --complete 1.5": "less than 1",
