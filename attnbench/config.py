@@ -152,11 +152,13 @@ class RunConfig(Settings):
 
     variant: str = Field(default_factory=_default_variant)
     """Which attention: a name of models.VARIANTS."""
+    code: str | None = None
+    """Of an own attention, the hash of its file: filled in by itself; where it is told, no other code is run."""
     position: str | None = None
     """Positional encoding in place of the variant's own."""
     scan: Literal["raster", "snake", "column", "hilbert", "random"] = "raster"
     """The order in which the pixels are read."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Initial weights, data order, hidden pixels and samples all follow from it."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -177,8 +179,11 @@ class RunConfig(Settings):
     """Run again although a finished record exists."""
 
     def identity(self, exclude_defaults: bool = False) -> dict[str, Any]:
-        """What makes two runs the same run: not where files lie, nor on how many processes, nor whether to repeat."""
-        elsewhere: dict[str, Any] = {"out": True, "force": True, "parallel": True, "data": {"root"}}
+        """What makes two runs the same run: not where files lie, nor on how many processes, nor whether to repeat.
+
+        An own attention's code does too, but stands beside: two versions of it are compared with what is the same.
+        """
+        elsewhere: dict[str, Any] = {"out": True, "force": True, "parallel": True, "code": True, "data": {"root"}}
         return self.model_dump(mode="json", exclude=elsewhere, exclude_defaults=exclude_defaults)
 
 

@@ -68,9 +68,8 @@ class Prepared:
 def resolve(config: RunConfig, cuda: bool | None = None) -> RunConfig:
     """Every "auto" that depends on the machine, decided, and without what the variant would have untold.
 
-    Raises Refusal where CUDA is asked for and absent.
-
-    `cuda`: whether the machine that the run is for has it; none: this one.
+    `cuda`: whether the machine that the run is for has it; none: this one.  Raises Refusal where CUDA is asked for and
+    absent, and where an own attention is no longer the code that was resolved before.
     """
     cuda = torch.cuda.is_available() if cuda is None else cuda
     if config.device == "cuda" and not cuda:
@@ -79,9 +78,13 @@ def resolve(config: RunConfig, cuda: bool | None = None) -> RunConfig:
     precision = config.train.precision
     if precision == "auto":
         precision = "bfloat16" if device == "cuda" else "float32"
+    code = variants.code(config.variant)
+    if config.code not in (None, code):
+        raise Refusal(f"{config.variant} has been changed since this run was asked for; ask for it again")
     decided = variants.with_objective(config).model_copy(
         update={
             "device": device,
+            "code": code,
             "parallel": distributed.resolve(config.parallel),
             "train": config.train.model_copy(update={"precision": precision}),
         }
@@ -164,6 +167,7 @@ def _identity(model: nn.Module | None, prepared: Prepared, config: RunConfig) ->
     return {
         "id": record.identify(config),
         "variant": config.variant,
+        "code": config.code,
         "family": variants.find(config.variant).family,
         "backend": None if model is None else model.backend,
         "seed": config.seed,

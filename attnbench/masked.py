@@ -114,6 +114,7 @@ def masked(subject: Subject, variant: str, options: dict[str, Scalar], finetune:
     base = subject.config
     told: dict[str, Any] = {
         "variant": variant,
+        "code": variants.code(variant),
         "model": base.model.model_copy(update={"options": options, "backend": "auto"}),
     }
     if finetune:

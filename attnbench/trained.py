@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,10 @@ def load(path: Path, root: Path | None = None, own: str | None = None) -> Traine
     shape = done["data"] if isinstance(done.get("data"), dict) else {}
     if not all(isinstance(shape.get(name), int) for name in ("height", "width", "vocab")):
         raise Refusal(f"{path} does not say which shape its images have; run that cell again")
-    return Trained(done, experiment.resolve(config), tokeniser, weights)
+    config = experiment.resolve(config)
+    if done.get("code") not in (None, config.code):
+        warnings.warn(f"{config.variant} has been changed since {done['id']}, whose weights it is given", stacklevel=2)
+    return Trained(done, config, tokeniser, weights)
 
 
 def _read(path: Path) -> dict[str, Any]:

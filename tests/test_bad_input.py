@@ -43,6 +43,7 @@ CASES: dict[str, dict[str, str]] = {
         "--variant local2d --model.options.radius wide": "radius",
         "--position rotary9": "position",
         "--scan zigzag": "choose from raster, snake, column, hilbert, random",
+        "--seed 18446744073709551616": "less than 9223372036854775808",
         "--seed -1": "greater than or equal to 0",
         "--device cuda": "no CUDA GPU",
         "--parallel ddp": "torchrun",

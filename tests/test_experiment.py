@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import models
 from attnbench import checkpoint, cli, experiment, probe, record, run, train, trained
 from attnbench.config import RunConfig
 from attnbench.errors import Refusal
@@ -121,6 +123,36 @@ def test_weights_and_tokeniser_that_are_not_the_runs_are_refused(tmp_path: Path)
     save_file(load_file(places[1] / "weights.safetensors"), places[0] / "weights.safetensors")
     record.write(tmp_path, done, replace=True)
     trained.load(one)  # an older record certifies nothing
+
+
+ATTENTION = """import models
+class Mine(models.VARIANTS["dense1d"].cls):
+    "Somebody's own."
+"""
+
+
+def test_an_edited_attention_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, module = tmp_path / "edited_attention.py", "attnbench_own_edited_attention"
+    name = f"{file}:Mine"
+
+    def ran(source: str) -> Path:
+        file.write_text(source)
+        for known, key in ((models.VARIANTS, name), (sys.modules, module)):
+            monkeypatch.setitem(known, key, None)  # so that it is forgotten afterwards too
+            del known[key]
+        return experiment.execute(settings(tmp_path / "r", variant=name))
+
+    first = ran(ATTENTION)
+    before = first.read_bytes(), record.read(first)["code"]
+    assert ran(ATTENTION) == first and first.read_bytes() == before[0]
+    second = ran(ATTENTION + "    scale = 2\n")
+    assert second != first and first.read_bytes() == before[0]
+    assert record.read(second)["code"] != before[1] and record.read(second)["config"] == record.read(first)["config"]
+    with pytest.raises(Refusal, match="has been changed since this run was asked for"):
+        settings(tmp_path, variant=name, code=before[1])
+    trained.load(second, own=name)
+    with pytest.warns(UserWarning, match=f"has been changed since {first.stem}"):
+        assert record.identify(trained.load(first, own=name).config) == second.stem
 
 
 def test_a_picture_model_of_colour_opens_again(tmp_path: Path) -> None:
