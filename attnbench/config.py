@@ -9,9 +9,35 @@ from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    model_validator,
+)
 
 Scalar = bool | int | float | str
+
+
+def _whole_numbers(text: str, info: ValidationInfo) -> str:
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")):
+        raise ValueError(
+            f"{info.field_name} {text!r} are not whole numbers; write them with commas between, such as 1,2,3"
+        )
+    return text
+
+
+WholeNumbers = Annotated[str, AfterValidator(_whole_numbers)]
+"""Whole numbers from 1 with commas between, as on a command line."""
+
+
+def numbers(text: WholeNumbers) -> list[int]:
+    """Each of them once, in their order."""
+    return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 
 class Settings(BaseModel):

@@ -192,10 +192,10 @@ def fit(
     """Trains to config.train.steps, resuming from `folder`; leaves the best weights by validation in the model.
 
     tokens int64 (count, height, width), or pictures with their labels (count,) as `train_step` takes them; `validate`
-    gives nats per token (or label); `report` is told step and loss; data: the images' checksum, without which what
-    `folder` holds is not asked whether it is of the same; held: whether the run may still write there. Of several
-    processes each calls this with the same arguments.  Ctrl-C saves a checkpoint, when the step is done, before it goes
-    on.  Raises Diverged, and Refusal for a checkpoint that does not fit the model.
+    gives nats per token (or label); `report` is told step and loss; data: a checksum of what is trained on, without
+    which what `folder` holds is not asked whether it is of the same; held: whether the run may still write there. Of
+    several processes each calls this with the same arguments.  Ctrl-C saves a checkpoint, when the step is done, before
+    it goes on.  Raises Diverged, and Refusal for a checkpoint that does not fit the model.
     """
     train = config.train
     trained = distributed.spread(model, config.parallel)
@@ -292,7 +292,7 @@ def _latest(folder: Path, data: str | None) -> checkpoint.Checkpoint | None:
     found = checkpoint.latest(folder)
     if found is None or data is None or found.meta.get("data") in (None, data):
         return found
-    warnings.warn(f"{folder} has checkpoints of other images than there are now: training starts anew", stacklevel=2)
+    warnings.warn(f"{folder} has checkpoints of other images or weights than these: training starts anew", stacklevel=2)
     checkpoint.clear(folder)
     return None
 

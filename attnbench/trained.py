@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import models
 from attnbench import data, experiment, record, tokens, train
-from attnbench.config import RunConfig
+from attnbench.config import DataConfig, RunConfig
 from attnbench.errors import Refusal
 
 
@@ -54,9 +54,13 @@ class Trained:
 
     def pixels(self, split: str, side: int | None = None) -> tokens.Pixels:
         """What those tokens are of: uint8 (count, height, width, channels)."""
-        config = self.config.data.model_copy(update={} if side is None else {"side": side})
         limit = self.config.evaluate.images if split == "test" else None
-        return np.asarray(getattr(data.load(config), split).pixels[:limit])
+        return np.asarray(getattr(data.load(self.at(side)), split).pixels[:limit])
+
+    def at(self, side: int | None) -> DataConfig:
+        """The settings of its data at side × side pixels, None: as it was trained."""
+        square = {} if side is None else {"side": side, "height": None, "width": None}
+        return self.config.data.model_copy(update=square)
 
 
 def load(path: Path, root: Path | None = None, own: str | None = None) -> Trained:

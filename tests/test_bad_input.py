@@ -147,7 +147,7 @@ CASES: dict[str, dict[str, str]] = {
         "RUN --option window --out OUT": "option",
         "--imagegpt EMPTY --out OUT": "cannot be read",
     },
-    "attention_map": {"": "record is missing", "missing.json": "cannot be read", "RUN --radii 0": "greater than 0"},
+    "attention_map": {"": "record is missing", "missing.json": "cannot be read", "RUN --radii 0": "whole numbers"},
     "check": {
         "": "--all",
         "dense1d --all": "--all",

@@ -111,7 +111,7 @@ def test_the_last_step_is_saved_and_not_trained_again(tmp_path: Path) -> None:
 def test_a_checkpoint_of_other_images_is_not_resumed(tmp_path: Path) -> None:
     trained(tmp_path, data="these")
     assert trained(tmp_path, data="these") == trained(tmp_path) == []
-    with pytest.warns(UserWarning, match="other images than there are now: training starts anew"):
+    with pytest.warns(UserWarning, match="other images or weights than these: training starts anew"):
         assert trained(tmp_path, data="those") == [10, 12]
     assert trained(tmp_path, data="those") == []
 
