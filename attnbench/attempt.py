@@ -207,6 +207,7 @@ def write_failure(cell: Cell, ending: Ending, tries: int = 1) -> str:
         "status": ending.status,
         "reason": ending.reason,
         "variant": cell.config.variant,
+        "code": cell.config.code,
         "family": None,
         "backend": None,
         "seed": cell.config.seed,

@@ -15,7 +15,7 @@ import tyro
 from pydantic import PositiveInt
 
 from attnbench import cli
-from attnbench.config import Settings
+from attnbench.config import Settings, WholeNumbers, numbers
 from attnbench.errors import Refusal
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ class AttentionMapConfig(Settings):
 
     record: Annotated[Path, tyro.conf.Positional]
     """The run's record, OUT/runs/ID.json."""
-    radii: tuple[PositiveInt, ...] = (1, 2, 3, 5, 8)
-    """Radii in rows and columns."""
+    radii: WholeNumbers = "1,2,3,5,8"
+    """Radii in rows and columns, whole numbers with commas between."""
     images: PositiveInt = 64
     """Test images that are looked at."""
     data_root: Path | None = None
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
 
     run = trained.load(config.record, config.data_root, config.own)
     tokens = run.images("test")[: config.images].to(run.config.device)
-    found = attention(run.model().eval(), tokens, config.radii)
+    found = attention(run.model().eval(), tokens, tuple(numbers(config.radii)))
     nats = edges(run.record["nll_map"])
     told = {"id": run.record["id"], "variant": run.record["variant"], "attention": found, "edges": nats}
     console = Console()

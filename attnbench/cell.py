@@ -57,14 +57,19 @@ class Watch:
     def __init__(self, claim: Claim | None) -> None:
         self._claim = claim
         self._told = 0.0
+        self._interrupted = False
+
+    def held(self) -> bool:
+        """Whether the run is still this one's, and its checkpoints with it."""
+        return self._claim is None or self._claim.held()
 
     def __call__(self, stage: str, step: int, loss: float) -> None:
         if time.monotonic() - self._told < SECONDS and stage == "train":
             return
         self._told = time.monotonic()
         print(f"{stage} {step}", flush=True)
-        if self._claim is not None and not self._claim.held():
-            self._claim = None  # once: training ends at the next whole step, and a second time would cut it short
+        if not self._interrupted and not self.held():
+            self._interrupted = True  # once: training ends at the next whole step, and a second time would cut it short
             signal.raise_signal(signal.SIGINT)
 
 
@@ -84,7 +89,7 @@ def main() -> int:
             measure.keep_freed()
         watch = Watch(order.claim)
         watch("start", 0, 0.0)
-        path = experiment.execute(config, watch, said)
+        path = experiment.execute(config, watch, said, watch.held)
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         return 2

@@ -2,7 +2,8 @@
 
 A claim is a file `<id>.<n>.json`, created exclusively, and the highest n holds the cell. A dead launcher's claim n is
 taken over by creating n + 1, which only one can. Nobody writes a file that another made, so a launcher that was merely
-paused destroys nothing when it comes back: it asks `held` before it writes a record, and finds that it has lost.
+paused destroys nothing when it comes back: it asks `held` before it writes a checkpoint or a record, and finds that it
+has lost.
 
 A launcher is dead when its process is gone, which a neighbour on the same machine sees at once, or when its heartbeat
 has not changed for STALE seconds of the observer's own clock; clocks of two machines are never compared.

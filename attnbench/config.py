@@ -9,9 +9,35 @@ from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    model_validator,
+)
 
 Scalar = bool | int | float | str
+
+
+def _whole_numbers(text: str, info: ValidationInfo) -> str:
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")):
+        raise ValueError(
+            f"{info.field_name} {text!r} are not whole numbers; write them with commas between, such as 1,2,3"
+        )
+    return text
+
+
+WholeNumbers = Annotated[str, AfterValidator(_whole_numbers)]
+"""Whole numbers from 1 with commas between, as on a command line."""
+
+
+def numbers(text: WholeNumbers) -> list[int]:
+    """Each of them once, in their order."""
+    return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 
 class Settings(BaseModel):
@@ -152,11 +178,13 @@ class RunConfig(Settings):
 
     variant: str = Field(default_factory=_default_variant)
     """Which attention: a name of models.VARIANTS."""
+    code: str | None = None
+    """Of an own attention, the hash of its file: filled in by itself; where it is told, no other code is run."""
     position: str | None = None
     """Positional encoding in place of the variant's own."""
     scan: Literal["raster", "snake", "column", "hilbert", "random"] = "raster"
     """The order in which the pixels are read."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Initial weights, data order, hidden pixels and samples all follow from it."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -177,8 +205,11 @@ class RunConfig(Settings):
     """Run again although a finished record exists."""
 
     def identity(self, exclude_defaults: bool = False) -> dict[str, Any]:
-        """What makes two runs the same run: not where files lie, nor on how many processes, nor whether to repeat."""
-        elsewhere: dict[str, Any] = {"out": True, "force": True, "parallel": True, "data": {"root"}}
+        """What makes two runs the same run: not where files lie, nor on how many processes, nor whether to repeat.
+
+        An own attention's code does too, but stands beside: two versions of it are compared with what is the same.
+        """
+        elsewhere: dict[str, Any] = {"out": True, "force": True, "parallel": True, "code": True, "data": {"root"}}
         return self.model_dump(mode="json", exclude=elsewhere, exclude_defaults=exclude_defaults)
 
 

@@ -88,6 +88,11 @@ def load(config: DataConfig) -> Dataset:
     raise Refusal(f"unknown data {config.name!r}; {hint}known: {', '.join(known)}")
 
 
+def pictures(dataset: Dataset) -> dict[str, int]:
+    """channels and classes, what a supervised model wants to know of its images."""
+    return {"channels": dataset.train.pixels.shape[-1], "classes": max(2, len(dataset.classes))}
+
+
 # --- from native images to a data set ---------------------------------------------------------------------------------
 
 

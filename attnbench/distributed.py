@@ -133,7 +133,7 @@ def _possible(config: RunConfig, told: dict[str, int]) -> None:
 
 def _agree(config: RunConfig, told: dict[str, int]) -> None:
     """Every process counts, and all mean the same run with the same torch.  Raises Refusal."""
-    meant = json.dumps([config.identity(), config.parallel, torch.__version__], sort_keys=True)
+    meant = json.dumps([config.identity(), config.code, config.parallel, torch.__version__], sort_keys=True)
     mark = int.from_bytes(hashlib.sha256(meant.encode()).digest()[:7], "little")
     marks = torch.zeros(size(), dtype=torch.int64)
     marks[rank()] = mark

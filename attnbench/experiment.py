@@ -58,15 +58,18 @@ class Prepared:
     @property
     def pictures(self) -> dict[str, int]:
         """channels and classes, what a supervised model wants to know besides."""
-        return {"channels": self.dataset.train.pixels.shape[-1], "classes": max(2, len(self.dataset.classes))}
+        return data.pictures(self.dataset)
+
+    def request(self, config: RunConfig) -> measure.Request:
+        """What a measuring process is told of a run on these data."""
+        return measure.Request(config, *self.shape, **self.pictures)
 
 
 def resolve(config: RunConfig, cuda: bool | None = None) -> RunConfig:
     """Every "auto" that depends on the machine, decided, and without what the variant would have untold.
 
-    Raises Refusal where CUDA is asked for and absent.
-
-    `cuda`: whether the machine that the run is for has it; none: this one.
+    `cuda`: whether the machine that the run is for has it; none: this one.  Raises Refusal where CUDA is asked for and
+    absent, and where an own attention is no longer the code that was resolved before.
     """
     cuda = torch.cuda.is_available() if cuda is None else cuda
     if config.device == "cuda" and not cuda:
@@ -75,9 +78,13 @@ def resolve(config: RunConfig, cuda: bool | None = None) -> RunConfig:
     precision = config.train.precision
     if precision == "auto":
         precision = "bfloat16" if device == "cuda" else "float32"
+    code = variants.code(config.variant)
+    if config.code not in (None, code):
+        raise Refusal(f"{config.variant} has been changed since this run was asked for; ask for it again")
     decided = variants.with_objective(config).model_copy(
         update={
             "device": device,
+            "code": code,
             "parallel": distributed.resolve(config.parallel),
             "train": config.train.model_copy(update={"precision": precision}),
         }
@@ -103,12 +110,18 @@ def artifacts(config: RunConfig) -> Path:
     return config.out / "artifacts" / record.identify(config)
 
 
-def execute(config: RunConfig, watch: Watch = lambda stage, step, loss: None, said: Collection[str] = ()) -> Path:
+def execute(
+    config: RunConfig,
+    watch: Watch = lambda stage, step, loss: None,
+    said: Collection[str] = (),
+    held: Callable[[], bool] = lambda: True,
+) -> Path:
     """The whole of a resolved run; the path of its record.
 
     A finished record is returned as it is unless config.force.  A loss that is no longer finite, or memory that does
-    not suffice, ends in a record that says so, with the last lines that were `said`.  Of several processes each calls
-    this; the first alone writes, and the others' path may not be there yet.  Raises Refusal before anything is written.
+    not suffice, ends in a record that says so, with the last lines that were `said`.  A run that is no longer `held`
+    saves no checkpoint.  Of several processes each calls this; the first alone writes, and the others' path may not be
+    there yet.  Raises Refusal before anything is written.
     """
     name = record.identify(config)
     first = distributed.first()
@@ -118,11 +131,11 @@ def execute(config: RunConfig, watch: Watch = lambda stage, step, loss: None, sa
     if first:
         storage.check_writable(config.out)
     prepared = prepare(config)
-    model = train.make_model(config, *prepared.shape, **prepared.pictures)
-    if config.force and first:
-        checkpoint.clear(checkpoints(config))
+    _probed(prepared, config)
+    model, folder = None, checkpoints(config)
     try:
-        outcome = {"status": "ok", **_outcome(model, prepared, config, watch)}
+        model = train.make_model(config, *prepared.shape, **prepared.pictures)
+        outcome = {"status": "ok", **_outcome(model, prepared, config, watch, folder, held)}
     except train.Diverged as error:
         outcome = {"status": "nan", "reason": str(error), "tail": list(said)}
     except (RuntimeError, MemoryError) as error:
@@ -134,21 +147,29 @@ def execute(config: RunConfig, watch: Watch = lambda stage, step, loss: None, sa
         return config.out / "runs" / f"{name}.json"
     watch("record", 0, 0.0)
     path = record.write(config.out, _identity(model, prepared, config) | outcome, replace=config.force)
-    checkpoint.clear(checkpoints(config))
+    if outcome["status"] != "oom":  # with more memory it goes on from there
+        checkpoint.clear(folder)
     return path
 
 
 def checkpoints(config: RunConfig) -> Path:
-    return config.out / "checkpoints" / record.identify(config)
+    """Folder of a run's checkpoints; of one that is forced over a finished record, one that goes with that record.
+
+    So the same command finds what it left when it was stopped, and never what the finished run may have left.
+    """
+    name = record.identify(config)
+    done = record.find(config.out, name, status="ok", warn=False) if config.force else None
+    return config.out / "checkpoints" / (name if done is None else f"{name}-over-{done['sha256'][:8]}")
 
 
-def _identity(model: nn.Module, prepared: Prepared, config: RunConfig) -> dict[str, Any]:
+def _identity(model: nn.Module | None, prepared: Prepared, config: RunConfig) -> dict[str, Any]:
     height, width, vocab = prepared.shape
     return {
         "id": record.identify(config),
         "variant": config.variant,
+        "code": config.code,
         "family": variants.find(config.variant).family,
-        "backend": model.backend,
+        "backend": None if model is None else model.backend,
         "seed": config.seed,
         "config": config.identity(),
         "environment": record.environment() | {"parallel": config.parallel, "processes": distributed.size()},
@@ -165,26 +186,28 @@ def _identity(model: nn.Module, prepared: Prepared, config: RunConfig) -> dict[s
     }
 
 
-def _outcome(model: nn.Module, prepared: Prepared, config: RunConfig, watch: Watch) -> dict[str, Any]:
-    """Everything that a run finds out."""
+def _outcome(
+    model: nn.Module, prepared: Prepared, config: RunConfig, watch: Watch, folder: Path, held: Callable[[], bool]
+) -> dict[str, Any]:
+    """Everything that a run finds out; folder: of its checkpoints."""
     if config.model.objective == models.SUPERVISED:
-        return _supervised(model, prepared, config, watch)
+        return _supervised(model, prepared, config, watch, folder, held)
     splits = prepared.splits
     validation = splits["validation"][0][: config.train.validation_images]
     progress = train.fit(
         model, splits["train"][0],
         lambda m: evaluate.likelihood(m, validation, config).nats_per_token,
-        config, checkpoints(config), lambda step, loss: watch("train", step, loss),
+        config, folder, lambda step, loss: watch("train", step, loss), data=prepared.dataset.checksum, held=held,
     )  # fmt: skip
     watch("likelihood", 0, 0.0)
     test = evaluate.likelihood(model, splits["test"][0], config)
     seen = prepared.dataset.test.pixels[: len(splits["test"][0])]
     watch("probe", 0, 0.0)
     accuracies: list[float] | None = None
-    if config.probe.enabled and len(prepared.dataset.classes) > 1:
+    if _probed(prepared, config):
         accuracies = probe.accuracies(model, splits["train"], splits["validation"], splits["test"], config)
     watch("pictures", 0, 0.0)
-    _leave(model, prepared, config)
+    left = _leave(model, prepared, config)
     watch("memory and throughput", 0, 0.0)
     metrics = {
         "nats_per_token": test.nats_per_token,
@@ -197,21 +220,38 @@ def _outcome(model: nn.Module, prepared: Prepared, config: RunConfig, watch: Wat
     }
     return {
         "metrics": metrics,
+        "artifacts": left,
         "curves": asdict(progress.curves),
         **test.recorded(),
     }
 
 
-def _supervised(model: nn.Module, prepared: Prepared, config: RunConfig, watch: Watch) -> dict[str, Any]:
+def _probed(prepared: Prepared, config: RunConfig) -> bool:
+    """Whether the layers are probed.  Raises Refusal where a probe would be shown a single class."""
+    if not config.probe.enabled or prepared.supervised or len(prepared.dataset.classes) < 2:
+        return False
+    shown = prepared.splits["train"][1][: config.probe.images]
+    if len(set(shown.tolist())) < 2:
+        raise Refusal(
+            f"the first {len(shown)} training images, which the probe is shown, are all of one class; raise "
+            "--probe.images, or give --probe.no-enabled"
+        )
+    return True
+
+
+def _supervised(
+    model: nn.Module, prepared: Prepared, config: RunConfig, watch: Watch, folder: Path, held: Callable[[], bool]
+) -> dict[str, Any]:
     """The same of a model that is told the classes."""
     progress, test = supervised.fit(
-        model, prepared.dataset, config, checkpoints(config), lambda step, loss: watch("train", step, loss)
+        model, prepared.dataset, config, folder, lambda step, loss: watch("train", step, loss), held
     )
-    _leave(model, prepared, config)
+    left = _leave(model, prepared, config)
     watch("memory and throughput", 0, 0.0)
     figures = dict.fromkeys(regret.YARDSTICKS) | supervised.metrics(progress, test)
     return {
         "metrics": figures | _effort(model, progress, prepared, config),
+        "artifacts": left,
         "curves": asdict(progress.curves),
         "per_image_nats": None,
         "per_image_correct": test.correct.tolist(),
@@ -246,7 +286,7 @@ def _predicted(prepared: Prepared, config: RunConfig) -> int | None:
     from attnbench import predict  # what it imports takes a second
 
     try:
-        return predict.peak_bytes(measure.Request(config, *prepared.shape, **prepared.pictures))
+        return predict.peak_bytes(prepared.request(config))
     except Exception as error:  # whatever an attention does with fake tensors, its run is worth more
         warnings.warn(f"peak memory is not predicted: {type(error).__name__}: {error}", stacklevel=2)
         return None
@@ -260,7 +300,7 @@ def _cost(prepared: Prepared, config: RunConfig) -> dict[str, Any]:
     )  # fmt: skip
     if not config.measure or not distributed.first():
         return cost
-    request = measure.Request(config, *prepared.shape, **prepared.pictures)
+    request = prepared.request(config)
     try:
         cost["train_peak_bytes"] = measure.peak_bytes(request)
         found = measure.throughput(request)
@@ -272,17 +312,21 @@ def _cost(prepared: Prepared, config: RunConfig) -> dict[str, Any]:
     return cost | {"spread": spreads}
 
 
-def _leave(model: nn.Module, prepared: Prepared, config: RunConfig) -> None:
-    """Writes weights, tokeniser and pictures beside the record."""
+def _leave(model: nn.Module, prepared: Prepared, config: RunConfig) -> dict[str, str]:
+    """Writes weights, tokeniser and pictures beside the record; the SHA-256 of the first two, by file name."""
     folder = artifacts(config)
     weights = distributed.gathered(model.state_dict())
+    left: dict[str, str] = {}
     if distributed.first():
         whole = {name: tensor.contiguous() for name, tensor in weights.items()}
-        storage.write_bytes(folder / "weights.safetensors", save(whole))
-        storage.write_json(folder / "tokeniser.json", prepared.tokeniser.to_json())
+        paths = (
+            storage.write_bytes(folder / "weights.safetensors", save(whole)),
+            storage.write_json(folder / "tokeniser.json", prepared.tokeniser.to_json()),
+        )
+        left = {path.name: record.digest(path) for path in paths}
     count = min(config.sample.count, len(prepared.splits["test"][0]))
     if config.model.objective != "ar" or not count:
-        return
+        return left
     generator = train.generator("samples", config.seed)
     truth = prepared.splits["test"][0][:count]
 
@@ -292,7 +336,8 @@ def _leave(model: nn.Module, prepared: Prepared, config: RunConfig) -> None:
     samples, each = draw(model, count, generator, config.sample.temperature), prepared.tokeniser.tokens_per_pixel
     completed = draw(model, count, generator, config.sample.temperature, truth, 0.5, each)
     if not distributed.first():
-        return
+        return left
     storage.write_bytes(folder / "samples.png", pictures.sheet(show(samples)))
     whole, drawn = show(truth, completed)
     storage.write_bytes(folder / "completions.png", pictures.completions(whole, drawn, shown(model, 0.5, each)))
+    return left

@@ -35,7 +35,7 @@ class Subject:
 
     config: the settings that a record of the uncut model would have; cut: the model under a variant's mask, its options
     given; images: tokens (count, height, width) of a split; pixels: what they are of (count, height, width, channels);
-    data: that part of the records.
+    data: that part of the records; sha256: of the run's record, where source does not tell other weights by itself.
     """
 
     source: str
@@ -45,6 +45,7 @@ class Subject:
     images: Callable[[str], Tensor]
     pixels: Callable[[str], tokens.Pixels]
     data: dict[str, Any]
+    sha256: str | None = None
 
 
 def of_record(path: Path, root: Path | None = None, own: str | None = None) -> Subject:
@@ -64,8 +65,9 @@ def of_record(path: Path, root: Path | None = None, own: str | None = None) -> S
         return model
 
     return Subject(
-        run.record["id"], config, run.tokeniser, cut, cache(run.images), cache(run.pixels), run.record["data"]
-    )
+        run.record["id"], config, run.tokeniser, cut, cache(run.images), cache(run.pixels), run.record["data"],
+        run.record["sha256"],
+    )  # fmt: skip
 
 
 def of_folder(folder: Path, name: str, root: Path | None = None) -> Subject:
@@ -114,6 +116,7 @@ def masked(subject: Subject, variant: str, options: dict[str, Scalar], finetune:
     base = subject.config
     told: dict[str, Any] = {
         "variant": variant,
+        "code": variants.code(variant),
         "model": base.model.model_copy(update={"options": options, "backend": "auto"}),
     }
     if finetune:
@@ -128,21 +131,23 @@ def masked(subject: Subject, variant: str, options: dict[str, Scalar], finetune:
 def operate(
     subject: Subject, config: RunConfig, value: Scalar | None, uncut: Tensor, finetune: int, out: Path, force: bool
 ) -> dict[str, Any]:
-    """Cuts, fine-tunes if asked, evaluates; the record, written to out/runs; one that is there already is returned.
+    """Cuts, fine-tunes if asked, evaluates; the record, written to out/runs; one of these weights that is there already
+    is returned.
 
     config: from `masked`; value: of the option that is varied; uncut: nats of each test image under the mask that was
     trained, (count,).
     """
     name = _name(subject, config, finetune, len(uncut))
-    if not force and (done := record.find(out, name, status="ok")) is not None:
-        return done
+    before = record.find(out, name, status="ok")
+    if before is not None and not force and before.get("source_sha256", subject.sha256) == subject.sha256:
+        return before
     model, progress = subject.cut(config), train.Progress()
     if finetune:
         validation = subject.images("validation")[: config.train.validation_images]
         folder = out / "checkpoints" / name
         progress = train.fit(
             model, subject.images("train"), lambda m: evaluate.likelihood(m, validation, config).nats_per_token,
-            config, folder,
+            config, folder, data=f"{subject.data['checksum']} {subject.sha256}",
         )  # fmt: skip
         checkpoint.clear(folder)
     test = evaluate.likelihood(model, subject.images("test")[: len(uncut)], config)
@@ -153,7 +158,7 @@ def operate(
     found = {
         "id": name, "status": "ok", "variant": config.variant, "family": variants.find(config.variant).family,
         "backend": model.backend, "seed": config.seed, "config": config.identity(),
-        "environment": record.environment(), "data": subject.data,
+        "environment": record.environment(), "data": subject.data, "source_sha256": subject.sha256,
         "surgery": about | {"uncut_nats_per_token": float(uncut.mean()), "cost_nats_per_token": float(cost.mean()),
                             "cost_low": low, "cost_high": high},
         "metrics": {
@@ -164,7 +169,7 @@ def operate(
         },
         **test.recorded(),
     }  # fmt: skip
-    return record.read(record.write(out, found, replace=force))
+    return record.read(record.write(out, found, replace=before is not None))
 
 
 def uncut(subject: Subject, images: int | None) -> Tensor:
@@ -207,8 +212,8 @@ def _clusters(folder: Path, vocab: int) -> tokens.Palette:
 
 
 def _fingerprint(folder: Path) -> str:
-    """A name for others' weights: the folder's, and a hash of what its settings and files are."""
-    sizes = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))
-    told = [(folder / "config.json").read_text(encoding="utf-8"), sizes]
+    """A name for others' weights: the folder's, and a hash of its settings, its colours and its weights."""
+    paths = sorted(path for kind in ("*config.json", "*.safetensors") for path in folder.glob(kind))
+    told = [(path.name, record.digest(path)) for path in paths]
     digest = hashlib.sha256(record.canonical(told)).hexdigest()[:10]
     return f"{''.join(c if c.isalnum() else '-' for c in folder.resolve().name)}-{digest}"

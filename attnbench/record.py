@@ -48,13 +48,16 @@ class Corrupt(Refusal):
 
 
 def identify(config: RunConfig) -> str:
-    """The run's id, for example local2d-digits-s0-3f2a9c01de: a hash of every setting that is not at its default.
+    """The run's id, for example local2d-digits-s0-3f2a9c01de: a hash of every setting that is not at its default, and
+    of the code of an attention that is not of the catalogue.
 
     Settings at their default are left out, so that a new setting does not rename the records that never knew it.
     """
     name = config.data.name
     told = config.identity(exclude_defaults=True)
     told |= {"variant": config.variant, "seed": config.seed, "data": told.get("data", {}) | {"name": name}}
+    if config.code is not None:
+        told["code"] = config.code
     if name.startswith("folder:"):  # the hash has the whole path; the name is for people
         name = f"folder-{Path(name).name}"
     digest = hashlib.sha256(canonical({"era": ERA, **told})).hexdigest()[:10]
@@ -64,6 +67,12 @@ def identify(config: RunConfig) -> str:
 def canonical(value: object) -> bytes:
     """The JSON whose SHA-256 counts: sorted keys, no spaces, ASCII. Raises ValueError on NaN and infinity."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex.  Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(folder: Path, record: dict[str, Any], replace: bool = False, room: str = "runs") -> Path:

@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     storage.check_writable(config.out.parent)
     run = trained.load(config.record, config.data_root, config.own)
     if run.config.model.objective != "ar":
-        raise Refusal(f"{run.record['id']} has objective {run.config.model.objective!r}: it has no order to draw in")
+        why = f"{run.record['id']} has objective {run.config.model.objective!r} and no order to draw in"
+        raise Refusal(f"{why}; choose a run with objective 'ar'")
     truth = run.images("test")[: config.count] if config.complete else None
     count = config.count if truth is None else len(truth)
     generator = train.generator("samples", config.seed)

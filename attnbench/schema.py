@@ -42,6 +42,16 @@ class Loader(yaml.SafeLoader):
         except RecursionError:
             raise yaml.YAMLError("nested too deeply") from None
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """As PyYAML's, but what its tag cannot be made of (`!!int foo`, a number of 5,000 digits) is a YAMLError."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{_shown(node.value)} cannot be read as {kind}", node.start_mark
+            ) from None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As PyYAML's, but a repeated key is an error instead of the last one winning."""
         mapping: dict[Any, Any] = {}

@@ -206,7 +206,11 @@ def _load(name: str, above: tuple[str, ...]) -> Suite:
     parts = [_load(other, (*above, name)) for other in own.includes]
     theirs = [b.model_copy(update={"name": f"{part.name}/{b.name}"}) for part in parts for b in part.blocks]
     rules = itertools.chain.from_iterable(part.rules for part in [*parts, own])
-    return own.model_copy(update={"blocks": (*theirs, *own.blocks), "rules": tuple(rules)})
+    blocks = (*theirs, *own.blocks)
+    for index, block in enumerate(blocks):
+        if block.name in {other.name for other in blocks[:index]}:
+            raise Refusal(f"suite {name} has two blocks called {block.name}; give each a name of its own")
+    return own.model_copy(update={"blocks": blocks, "rules": tuple(rules)})
 
 
 def _find(name: str) -> Path:

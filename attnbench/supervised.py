@@ -54,9 +54,10 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, config: RunConfig
 
 
 def fit(
-    model: nn.Module, dataset: Dataset, config: RunConfig, folder: Path, report: Callable[[int, float], None]
-) -> tuple[train.Progress, Accuracy]:
-    """Trains, keeping the best weights by validation, and tests.  Raises Refusal for images of one class."""
+    model: nn.Module, dataset: Dataset, config: RunConfig, folder: Path, report: Callable[[int, float], None],
+    held: Callable[[], bool] = lambda: True,
+) -> tuple[train.Progress, Accuracy]:  # fmt: skip
+    """Trains, as train.fit does, and tests.  Raises Refusal for images of one class."""
     if len(dataset.classes) < 2:
         raise Refusal(f"{dataset.name} has no classes to tell apart; choose other --data for a supervised model")
 
@@ -66,8 +67,9 @@ def fit(
     images, labels = split(dataset.train)
     validation = split(dataset.validation, config.train.validation_images)
     progress = train.fit(
-        model, images, lambda m: accuracy(m, *validation, config).nats_per_label, config, folder, report, labels
-    )
+        model, images, lambda m: accuracy(m, *validation, config).nats_per_label, config, folder, report, labels,
+        dataset.checksum, held,
+    )  # fmt: skip
     return progress, accuracy(model, *split(dataset.test, config.evaluate.images), config)
 
 

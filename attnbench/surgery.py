@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 import tyro
 import yaml
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from attnbench import cli
-from attnbench.config import Scalar, Settings
+from attnbench.config import Scalar, Settings, WholeNumbers, numbers
 from attnbench.errors import Refusal
 
 
@@ -35,7 +35,7 @@ class SurgeryConfig(Settings):
     """The mask: any variant with softmax over visible pixels."""
     option: str = Field(default_factory=lambda: _default("option"))
     """Which of its options is varied; "" for none."""
-    radii: str = "1,2,3,5,8"
+    radii: WholeNumbers = "1,2,3,5,8"
     """The values of that option, whole numbers with commas between."""
     options: dict[str, Scalar] = Field(default_factory=dict)
     """Its other options, also as --options.NAME VALUE."""
@@ -56,17 +56,10 @@ class SurgeryConfig(Settings):
     force: bool = False
     """Cut again although a record exists."""
 
-    @field_validator("radii")
-    @classmethod
-    def _whole_numbers(cls, text: str) -> str:
-        if not all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
-            raise ValueError(f"radii {text!r} are not whole numbers; write them with commas between, such as 1,2,3")
-        return text
-
     @property
     def values(self) -> list[int | None]:
         """Each value once, in order; [None] where no option is varied."""
-        return list(dict.fromkeys(int(part) for part in self.radii.split(","))) if self.option else [None]
+        return [*numbers(self.radii)] if self.option else [None]
 
 
 def main(argv: list[str] | None = None) -> int:

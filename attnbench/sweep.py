@@ -194,6 +194,7 @@ def ledger(config: SweepConfig, whole: Suite) -> Ledger:
     cells = [cell.model_copy(update={"config": resolve(cell.config)}) for cell in suite.cells(whole, known, base)]
     fitted: dict[tuple[str, str], RunConfig] = {}
     again: dict[str, str] = {}
+    keep = not (config.list or config.watch)
     if config.retry:
         again = {
             done["id"]: done["sha256"] for done in record.read_all(config.out)[0] if done["status"] in config.retry
@@ -205,7 +206,7 @@ def ledger(config: SweepConfig, whole: Suite) -> Ledger:
 
     def fit(run: RunConfig, limit: suite.Budget) -> RunConfig | None:
         key = run.model_dump_json(), limit.model_dump_json()
-        if key not in fitted and (found := budget.fit(run, limit, config.out)) is not None:
+        if key not in fitted and (found := budget.fit(run, limit, config.out, keep=keep)) is not None:
             fitted[key] = found  # it may have been measured, and the next look must find the same cells
         return fitted.get(key)
 

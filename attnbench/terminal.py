@@ -105,9 +105,12 @@ def checks(names: list[str], options: dict[str, Any], out: Path, workers: int) -
             verdict = done.result()
             results[waiting[done]][verdict.check] = verdict
             progress.update(task, advance=1, description=f"{waiting[done]}: {verdict.check}")
-        drawn = [path for path in (picture.result() for picture in pictures) if path is not None]
     failures = _print_checks(console, results, list(CHECKS))
-    console.print(f"{len(drawn)} receptive fields in {out}", soft_wrap=True)
+    drawn = [picture.result() for picture in pictures]
+    for name, told in zip(names, drawn, strict=True):
+        if isinstance(told, str):
+            console.print(f"no receptive field of {name}: {escape(told)}", soft_wrap=True)
+    console.print(f"{sum(isinstance(told, Path) for told in drawn)} receptive fields in {out}", soft_wrap=True)
     return 1 if failures else 0
 
 
@@ -145,14 +148,18 @@ def _check(name: str, options: dict[str, Any], check: str) -> Any:
     return examine(Subject(name, options), check)
 
 
-def _picture(name: str, options: dict[str, Any], out: Path) -> Path | None:
-    """Draws a receptive field; None for what has none (a supervised model)."""
+def _picture(name: str, options: dict[str, Any], out: Path) -> Path | str | None:
+    """Draws a receptive field; None for what has none (a supervised model), the reason where the model fails."""
     import models
     from attnbench import receptive, storage
     from attnbench.checks import Subject
 
-    subject = Subject(name, options)
-    if subject.variant.objectives[0] not in models.OBJECTIVES:
-        return None
+    try:
+        subject = Subject(name, options)
+        if subject.variant.objectives[0] not in models.OBJECTIVES:
+            return None
+        drawn = receptive.picture(subject)
+    except Exception as error:  # the checks say what is wrong with it, and must be read
+        return " ".join(f"{type(error).__name__}: {error}".split())
     stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
-    return storage.write_bytes(out / f"{stem}.png", receptive.picture(subject))
+    return storage.write_bytes(out / f"{stem}.png", drawn)

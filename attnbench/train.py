@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -185,24 +186,28 @@ def fit(
     folder: Path,
     report: Callable[[int, float], None] = lambda step, loss: None,
     labels: Tensor | None = None,
+    data: str | None = None,
+    held: Callable[[], bool] = lambda: True,
 ) -> Progress:
     """Trains to config.train.steps, resuming from `folder`; leaves the best weights by validation in the model.
 
     tokens int64 (count, height, width), or pictures with their labels (count,) as `train_step` takes them; `validate`
-    gives nats per token (or label); `report` is told step and loss. Of several processes each calls this with the same
-    arguments.  Ctrl-C saves a checkpoint, when the step is done, before it goes on.  Raises Diverged.
+    gives nats per token (or label); `report` is told step and loss; data: a checksum of what is trained on, without
+    which what `folder` holds is not asked whether it is of the same; held: whether the run may still write there. Of
+    several processes each calls this with the same arguments.  Ctrl-C saves a checkpoint, when the step is done, before
+    it goes on.  Raises Diverged, and Refusal for a checkpoint that does not fit the model.
     """
     train = config.train
     trained = distributed.spread(model, config.parallel)
     optimiser = make_optimiser(model, config)
-    progress, best = _resume(model, optimiser, folder)
+    progress, best = _resume(model, optimiser, folder, data)
     before, watch = progress.seconds, Stopwatch()
 
     def save() -> None:
         progress.seconds = before + watch.seconds
         everything = distributed.gathered(_tensors(model, optimiser, best))
-        if distributed.first():
-            checkpoint.save(folder, progress.step, everything, asdict(progress))
+        if distributed.first() and held():
+            checkpoint.save(folder, progress.step, everything, asdict(progress) | {"data": data})
 
     model.train()
     try:
@@ -217,8 +222,9 @@ def fit(
                 _log(progress, loss, train, report)
                 if progress.step % train.validate_every == 0 or progress.step == train.steps:
                     best = _validate(model, validate, progress, best)
-                if progress.step % train.checkpoint_every == 0 and progress.step < train.steps:
-                    save()
+                if progress.step % train.checkpoint_every == 0 or progress.step == train.steps:
+                    save()  # after the last step too: probing and measuring may take longer than training
+            interrupt.check()
     except KeyboardInterrupt:
         save()
         raise
@@ -260,26 +266,53 @@ def _tensors(model: nn.Module, optimiser: torch.optim.Optimizer, best: dict[str,
     return flat
 
 
-def _resume(model: nn.Module, optimiser: torch.optim.Optimizer, folder: Path) -> tuple[Progress, dict[str, Tensor]]:
+def _resume(
+    model: nn.Module, optimiser: torch.optim.Optimizer, folder: Path, data: str | None
+) -> tuple[Progress, dict[str, Tensor]]:
     """Puts the latest checkpoint of the folder, if any, into model and optimiser; only the first process reads it."""
-    found = checkpoint.latest(folder) if distributed.first() else None
+    found = _latest(folder, data) if distributed.first() else None
     told = distributed.tell(None if found is None else (found.meta, list(found.tensors)))
-    now = model.state_dict()
     if told is None:
-        return Progress(), {name: tensor.detach().clone() for name, tensor in now.items()}
-    like = {f"{kind}.{name}": tensor for kind in ("model", "best") for name, tensor in now.items()}
+        return Progress(), {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    meta, names = told
+    try:
+        tensors = distributed.scattered(found.tensors if found else {}, _like(model, optimiser, names))
+        _restore(model, optimiser, tensors)
+        progress = {key: value for key, value in meta.items() if key != "data"}
+        return Progress(**progress | {"curves": Curves(**meta["curves"])}), dict(_under("best.", tensors))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
+        why = f"does not fit this model ({' '.join(str(error).split())[:120]})"
+        raise Refusal(f"{folder} has a checkpoint that {why}; delete it to start anew") from error
+
+
+def _latest(folder: Path, data: str | None) -> checkpoint.Checkpoint | None:
+    """The latest checkpoint that is not known to be of other images; those that are go, with a warning."""
+    found = checkpoint.latest(folder)
+    if found is None or data is None or found.meta.get("data") in (None, data):
+        return found
+    warnings.warn(f"{folder} has checkpoints of other images or weights than these: training starts anew", stacklevel=2)
+    checkpoint.clear(folder)
+    return None
+
+
+def _like(model: nn.Module, optimiser: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """For each of a checkpoint's names a tensor that is kept as that one is to be."""
+    like = {f"{kind}.{name}": tensor for kind in ("model", "best") for name, tensor in model.state_dict().items()}
     for place, parameter in enumerate(p for group in optimiser.param_groups for p in group["params"]):
         like |= {f"adam.{place}.{key}": parameter for key in ("exp_avg", "exp_avg_sq", "momentum_buffer")}
         like[f"adam.{place}.step"] = torch.zeros((), device=parameter.device)
-    meta, names = told
-    tensors = distributed.scattered(found.tensors if found else {}, {name: like[name] for name in names})
+    return {name: like[name] for name in names}
+
+
+def _restore(model: nn.Module, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     model.load_state_dict(dict(_under("model.", tensors)))
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _under("adam.", tensors):
         index, key = name.split(".")
         state.setdefault(int(index), {})[key] = tensor
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    return Progress(**meta | {"curves": Curves(**meta["curves"])}), dict(_under("best.", tensors))
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+import models
 from attnbench import data, experiment, record, tokens, train
-from attnbench.config import RunConfig
+from attnbench.config import DataConfig, RunConfig
 from attnbench.errors import Refusal
 
 
@@ -36,7 +38,10 @@ class Trained:
 
     def model(self) -> nn.Module:
         """The model as it was trained. Raises Refusal where the weights are not those of its settings."""
-        model = train.make_model(self.config, *self.shape)
+        known = {}
+        if self.config.model.objective == models.SUPERVISED:
+            known = data.pictures(data.load(self.config.data))
+        model = train.make_model(self.config, *self.shape, **known)
         try:
             model.load_state_dict(self.weights)
         except RuntimeError as error:
@@ -49,9 +54,13 @@ class Trained:
 
     def pixels(self, split: str, side: int | None = None) -> tokens.Pixels:
         """What those tokens are of: uint8 (count, height, width, channels)."""
-        config = self.config.data.model_copy(update={} if side is None else {"side": side})
         limit = self.config.evaluate.images if split == "test" else None
-        return np.asarray(getattr(data.load(config), split).pixels[:limit])
+        return np.asarray(getattr(data.load(self.at(side)), split).pixels[:limit])
+
+    def at(self, side: int | None) -> DataConfig:
+        """The settings of its data at side × side pixels, None: as it was trained."""
+        square = {} if side is None else {"side": side, "height": None, "width": None}
+        return self.config.data.model_copy(update=square)
 
 
 def load(path: Path, root: Path | None = None, own: str | None = None) -> Trained:
@@ -63,7 +72,7 @@ def load(path: Path, root: Path | None = None, own: str | None = None) -> Traine
     """
     if not path.exists():
         raise Refusal(f"{path} cannot be read: there is no such file; name a run's record, OUT/runs/ID.json")
-    done = record.read(path)
+    done = _read(path)
     if done.get("status") != "ok":
         raise Refusal(f"{path} is the record of a run that ended with {done.get('status')!r}; name a finished one")
     folder = path.resolve().parent.parent
@@ -77,8 +86,13 @@ def load(path: Path, root: Path | None = None, own: str | None = None) -> Traine
         raise Refusal(f"{path} is of {config.variant}, code that is not ours; --own {config.variant} runs it")
     place = folder / "artifacts" / str(done["id"])
     try:
-        tokeniser = tokens.from_json(json.loads(_within(folder, place / "tokeniser.json").read_text(encoding="utf-8")))
-        weights = safetensors.torch.load_file(_within(folder, place / "weights.safetensors"))
+        paths = [_within(folder, place / name) for name in ("tokeniser.json", "weights.safetensors")]
+        left = done.get("artifacts", {})  # older records do not certify what lies beside them
+        for path in paths:
+            if path.name in left and record.digest(path) != left[path.name]:
+                raise ValueError(f"{path.name} is not the file that the run left")
+        tokeniser = tokens.from_json(json.loads(paths[0].read_text(encoding="utf-8")))
+        weights = safetensors.torch.load_file(paths[1])
     except OSError as error:
         raise Refusal(f"{place} lacks what the run left beside its record ({error.strerror}); run it again") from error
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -86,7 +100,20 @@ def load(path: Path, root: Path | None = None, own: str | None = None) -> Traine
     shape = done["data"] if isinstance(done.get("data"), dict) else {}
     if not all(isinstance(shape.get(name), int) for name in ("height", "width", "vocab")):
         raise Refusal(f"{path} does not say which shape its images have; run that cell again")
-    return Trained(done, experiment.resolve(config), tokeniser, weights)
+    config = experiment.resolve(config)
+    if done.get("code") not in (None, config.code):
+        warnings.warn(f"{config.variant} has been changed since {done['id']}, whose weights it is given", stacklevel=2)
+    return Trained(done, config, tokeniser, weights)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A record; of a file that only a slip of the keyboard can have named, no word that it be deleted."""
+    try:
+        return record.read(path)
+    except record.Corrupt as corrupt:
+        if path.suffix == ".json" and path.parent.name == "runs":
+            raise
+        raise Refusal(f"{path} is no run's record: {corrupt.why}; name a run's record, OUT/runs/ID.json") from corrupt
 
 
 def _within(folder: Path, path: Path) -> Path:

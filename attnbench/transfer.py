@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from pydantic import PositiveInt, field_validator
+from pydantic import PositiveInt
 
 from attnbench import cli
-from attnbench.config import Settings
+from attnbench.config import Settings, WholeNumbers, numbers
 from attnbench.errors import Refusal
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class TransferConfig(Settings):
 
     record: Annotated[Path, tyro.conf.Positional]
     """The run's record, OUT/runs/ID.json."""
-    sides: str
+    sides: WholeNumbers
     """Sides in pixels, whole numbers with commas between."""
     images: PositiveInt | None = None
     """Most test images."""
@@ -42,16 +42,10 @@ class TransferConfig(Settings):
     force: bool = False
     """Evaluate again although a record exists."""
 
-    @field_validator("sides")
-    @classmethod
-    def _whole_numbers(cls, text: str) -> str:
-        if not all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
-            raise ValueError(f"sides {text!r} are not whole numbers; write them with commas between, such as 8,16,32")
-        return text
-
 
 def evaluate_at(run: Trained, side: int, images: int | None, out: Path, force: bool) -> dict[str, Any]:
-    """The run's weights at side × side pixels; the record, written to out/runs, or the one that is there already.
+    """The run's weights at side × side pixels; the record, written to out/runs, or the one that is there already, if it
+    is of these weights.
 
     Raises Refusal: images that cannot be had at that side, weights that do not fit.
     """
@@ -62,12 +56,12 @@ def evaluate_at(run: Trained, side: int, images: int | None, out: Path, force: b
 
     if run.config.model.objective not in models.OBJECTIVES:
         raise Refusal(f"{run.record['id']} has no likelihood; choose a run that has one")
-    data = run.config.data.model_copy(update={"side": side})
-    config = run.config.model_copy(update={"data": data, "measure": False})
+    config = run.config.model_copy(update={"data": run.at(side), "measure": False})
     told = {"source": run.record["id"], "images": images}
     name = f"{record.identify(config)}-at-{side}-{hashlib.sha256(record.canonical(told)).hexdigest()[:8]}"
-    if not force and (done := record.find(out, name, status="ok")) is not None:
-        return done
+    before, weights = record.find(out, name, status="ok"), run.record["sha256"]
+    if before is not None and not force and before.get("source_sha256", weights) == weights:
+        return before
     pixels = run.pixels("test", side)[:images]
     tokens = torch.from_numpy(run.tokeniser.encode(pixels))
     height, width = tokens.shape[1:]
@@ -78,13 +72,14 @@ def evaluate_at(run: Trained, side: int, images: int | None, out: Path, force: b
         "id": name, "status": "ok", "variant": config.variant, "family": variants.find(config.variant).family,
         "backend": model.backend, "seed": config.seed, "config": config.identity(), "environment": record.environment(),
         "data": run.record["data"] | {"height": height, "width": width}, "transfer": told | about,
+        "source_sha256": weights,
         "metrics": {
             "parameters": sum(p.numel() for p in model.parameters()), "nats_per_token": test.nats_per_token,
             **evaluate.bits(test.nats_per_token, run.tokeniser, pixels, config),
         },
-        "per_image_nats": test.per_image.tolist(), "nll_map": test.by_pixel.tolist(),
+        **test.recorded(),
     }  # fmt: skip
-    return record.read(record.write(out, found, replace=force))
+    return record.read(record.write(out, found, replace=before is not None))
 
 
 def _at(run: Trained, config: RunConfig, height: int, width: int) -> tuple[Any, list[str]]:
@@ -132,8 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     run = trained.load(config.record, config.data_root, config.own)
     out = config.out or run.config.out / "transfer"
     storage.check_writable(out)
-    sides = dict.fromkeys(int(part) for part in config.sides.split(","))
-    done = [evaluate_at(run, side, config.images, out, config.force) for side in sides]
+    done = [evaluate_at(run, side, config.images, out, config.force) for side in numbers(config.sides)]
     shown = Table(title=f"{run.record['id']}, trained at {run.shape[0]}×{run.shape[1]}", title_justify="left")
     for heading in ("side", "tables of places", "nats/token"):
         shown.add_column(heading, justify="right")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import multiprocessing
 import sys
 from collections.abc import Mapping
@@ -17,6 +19,8 @@ from attnbench.config import RunConfig
 from attnbench.errors import Refusal
 from models import Mixer, Variant
 from models.registry import choose
+
+_CODES: dict[str, str] = {}
 
 
 def find(name: str) -> Variant:
@@ -46,7 +50,25 @@ def find(name: str) -> Variant:
         objectives=tuple(getattr(cls, "objectives", models.OBJECTIVES)),
     )
     register(cls)
+    _CODES[name] = _code(name, cls)
     return models.VARIANTS[name]
+
+
+def code(name: str) -> str | None:
+    """What anyone's own attention ran: a hash of the file that defines its class; None for the catalogue's.
+
+    Raises Refusal as `find`.
+    """
+    find(name)
+    return _CODES.get(name)
+
+
+def _code(name: str, cls: type) -> str:
+    try:
+        source = Path(inspect.getfile(cls)).read_bytes()
+    except (TypeError, OSError) as error:
+        raise Refusal(f"{name} is defined in no file, by which its runs are told apart; write it into one") from error
+    return hashlib.sha256(source).hexdigest()[:16]
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from attnbench import attempt, experiment, record, sweep
+from attnbench import attempt, checkpoint, experiment, record, sweep
 from attnbench.attempt import LimitsConfig, Outcome, Task
 from attnbench.cell import Order
 from attnbench.claim import Launcher
@@ -168,8 +168,8 @@ def test_a_record_made_by_hand_in_the_meantime_counts(tmp_path: Path, monkeypatc
 
 @pytest.mark.promise("sweeps")
 def test_a_cell_whose_claim_is_lost_stops_and_nobody_writes_its_record(tmp_path: Path) -> None:
-    """The real cell, which would train for hours; another launcher takes it over while it does."""
-    one = cell(tmp_path, train={"steps": 1_000_000, "batch": 4})
+    """The real cell, which would train for hours; another launcher takes it over meanwhile, and saves later steps."""
+    one = cell(tmp_path, train={"steps": 1_000_000, "batch": 4, "checkpoint_every": 1_000_000})
     name = record.identify(one.config)
     with Launcher(tmp_path) as mine:
         claim = mine.acquire(name)
@@ -178,10 +178,12 @@ def test_a_cell_whose_claim_is_lost_stops_and_nobody_writes_its_record(tmp_path:
         def take_over(_: Cell, line: str) -> None:
             if line.startswith("train"):
                 claim.path.with_name(f"{name}.{claim.number + 1}.json").touch()
+                checkpoint.save(experiment.checkpoints(one.config), 999_999, {}, {})
 
         assert attempt.run_cell(Task(one, claim), take_over).status == "stopped"
     assert record.read_all(tmp_path) == ([], [])
-    assert list(tmp_path.glob("checkpoints/*/*.safetensors")), "the next one need not begin anew"
+    (kept,) = tmp_path.glob("checkpoints/*/*.safetensors")
+    assert kept.name.startswith("step-00999999"), "the other one's"
 
 
 @pytest.mark.promise("sweeps")

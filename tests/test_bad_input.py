@@ -43,6 +43,7 @@ CASES: dict[str, dict[str, str]] = {
         "--variant local2d --model.options.radius wide": "radius",
         "--position rotary9": "position",
         "--scan zigzag": "choose from raster, snake, column, hilbert, random",
+        "--seed 18446744073709551616": "less than 9223372036854775808",
         "--seed -1": "greater than or equal to 0",
         "--device cuda": "no CUDA GPU",
         "--parallel ddp": "torchrun",
@@ -121,8 +122,8 @@ CASES: dict[str, dict[str, str]] = {
     "sample": {
         "": "record is missing",
         "missing.json": "name a run's record",
-        "TEXT": "it is not JSON",
-        "EMPTY": "damaged",
+        "TEXT": "TEXT is no run's record: it is not JSON",
+        "EMPTY": "is no run's record: it is no regular file; name a run's record",
         "FAILED": "ended with 'crash'",
         "ALONE --out OUT/x.png": "lacks what the run left",
         "RUN --complete 1.5": "less than 1",
@@ -146,7 +147,7 @@ CASES: dict[str, dict[str, str]] = {
         "RUN --option window --out OUT": "option",
         "--imagegpt EMPTY --out OUT": "cannot be read",
     },
-    "attention_map": {"": "record is missing", "missing.json": "cannot be read", "RUN --radii 0": "greater than 0"},
+    "attention_map": {"": "record is missing", "missing.json": "cannot be read", "RUN --radii 0": "whole numbers"},
     "check": {
         "": "--all",
         "dense1d --all": "--all",

@@ -148,6 +148,23 @@ def test_own_attention_from_a_file_outside(tmp_path: Path) -> None:
     assert (tmp_path / "rf" / "my_attention-MyAttention.png").stat().st_size > 5000
 
 
+def test_an_attention_that_fails_still_gets_its_table(tmp_path: Path) -> None:
+    body = """import models
+class Broken(models.VARIANTS["dense1d"].cls):
+    "Its forward raises."
+    def forward(self, *args, **more):
+        raise RuntimeError("no [luck]\\nat all")
+"""
+    (tmp_path / "broken.py").write_text(body)
+    command = [sys.executable, "-m", "attnbench.check", "broken:Broken", "--out", "rf"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    *checked, reason, drawn = done.stdout.splitlines()
+    assert "failed" in checked[-1] and any("equals oracle" in line for line in checked)
+    assert reason == "no receptive field of broken:Broken: RuntimeError: no [luck] at all"
+    assert drawn == "0 receptive fields in rf" and not list(tmp_path.glob("rf/*"))
+
+
 OWN_SUITE = """question: Does mine do better?
 blocks:
   - name: mine

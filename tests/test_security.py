@@ -257,6 +257,11 @@ YAML = {
     "a billion laughs": (f"variant: [{LAUGHS}]", "beyond any settings' size"),
     "a list in itself": ("variant: &a [*a]", "beyond any settings' size"),
     "a deep list": ("variant: " + "[" * 1000 + "]" * 1000, "nested too deeply"),
+    "a word for a number": ("seed: !!int foo", "line 1: 'foo' cannot be read as int"),
+    "a word for a time": ("seed: !!timestamp q", "cannot be read as timestamp"),
+    "a word for a truth": ("force: !!bool perhaps", "cannot be read as bool"),
+    "nothing for a number": ("seed: !!int ''", "cannot be read as int"),
+    "a number of 5,000 digits": (f"seed: {'9' * 5000}", "cannot be read as int"),
     "a long word": (f"variant: [{'x' * 2_000_000}]", "beyond any settings' size"),
 }
 

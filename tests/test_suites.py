@@ -134,6 +134,7 @@ RULE = {"claim": "C4", "says": "x", "pairs": [{"these": {"variant": "linear"}, "
         ({"blocks": [BLOCK | {"variants": []}]}, "variants"),
         ({"blocks": [BLOCK | {"tune": {"lr": [1e-3]}}]}, "lr"),
         ({"blocks": [BLOCK | {"budget": {"flops": 1.0, "seconds": 1.0}}]}, "one of flops"),
+        ({"blocks": [BLOCK, BLOCK | {"seeds": 2}]}, "two blocks called a; give each"),
         ({"rules": [RULE | {"claim": "C9x2"}]}, "claim"),
         ({"rules": [RULE | {"expects": "around"}]}, "expects"),
         ({"rules": [RULE | {"pairs": [{"these": {"variant": "linear"}}]}]}, "needs both"),

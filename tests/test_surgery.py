@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -180,6 +181,8 @@ def test_damaged_leavings_are_named(tmp_path: Path) -> None:
     (place / "weights.safetensors").write_bytes(weights[:-7])
     with pytest.raises(Refusal, match="damaged"):
         trained.load(path)
+    older = {key: value for key, value in record.read(path).items() if key != "artifacts"}
+    record.write(tmp_path, older, replace=True)
     tensors = load_file(save(place / "weights.safetensors", weights))
     save_file(tensors | {"start_token": torch.zeros(17)}, place / "weights.safetensors")
     with pytest.raises(Refusal, match="another shape"):
@@ -192,6 +195,46 @@ def test_damaged_leavings_are_named(tmp_path: Path) -> None:
 def save(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
+
+
+def afterwards(path: Path, out: Path) -> list[dict[str, Any]]:
+    """What cutting and moving a run leave."""
+    assert surgery.main([str(path), "--radii", "1", "--images", "4", "--out", str(out)]) == 0
+    assert transfer.main([str(path), "--sides", "4", "--images", "4", "--out", str(out)]) == 0
+    found = record.read_all(out)[0]
+    assert len(found) == 2
+    return found
+
+
+def test_what_was_done_with_weights_is_done_again_with_those_of_another_run(run_of: Any, tmp_path: Path) -> None:
+    """A run that was forced again has its id, and other weights; what older versions wrote does not know which."""
+    path = Path(shutil.copytree(run_of("dense1d").parent.parent, tmp_path / "r")) / "runs" / run_of("dense1d").name
+    first = afterwards(path, tmp_path / "out")
+    assert afterwards(path, tmp_path / "out") == first
+    assert [nats == round(nats, 6) for one in first for nats in one["per_image_nats"]] == [True] * 8
+    again = record.read(path)
+    again["metrics"]["seconds"] += 1
+    record.write(tmp_path / "r", again, replace=True)
+    second = afterwards(path, tmp_path / "out")
+    assert [one["id"] for one in second] == [one["id"] for one in first]
+    assert {one["source_sha256"] for one in second} == {record.read(path)["sha256"]} != {again["sha256"]}
+    assert len(list((tmp_path / "out" / "runs" / "superseded").iterdir())) == 2
+    for one in second:
+        del one["source_sha256"]
+        record.write(tmp_path / "out", one, replace=True)
+    assert ["source_sha256" in one for one in afterwards(path, tmp_path / "out")] == [False] * 2
+
+
+def test_others_weights_go_by_their_bytes(tmp_path: Path) -> None:
+    folder = imagegpt_folder(tmp_path / "theirs")
+    source = masked.of_folder(folder, "photos").source
+    assert masked.of_folder(folder, "photos").source == source
+    for name, old, new in (("model.safetensors", b"", b""), ("preprocessor_config.json", b"0.", b"1.")):
+        content = (folder / name).read_bytes()
+        changed = content.replace(old, new, 1) if old else content[:-1] + bytes([content[-1] ^ 1])
+        (folder / name).write_bytes(changed)
+        assert masked.of_folder(folder, "photos").source != source
+        (folder / name).write_bytes(content)
 
 
 # --- another side -----------------------------------------------------------------------------------------------------
@@ -208,6 +251,14 @@ def test_two_dimensional_positions_carry_over_and_tables_are_resized(
         same = record.read(path)["metrics"]["nats_per_token"]
         assert float(found[1]["nats_per_token"]) == pytest.approx(same, abs=1e-6)
         assert math.isfinite(float(found[0]["nats_per_token"]))
+
+
+def test_a_source_that_is_not_square_moves_to_squares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = {"name": "source:above", "height": 3, "width": 4, "count": 40}
+    path = experiment.execute(settings(tmp_path, variant="dense-rope2d", data=told))
+    assert transfer.main([str(path), "--sides", "5,2"]) == 0
+    found = rows(capsys.readouterr().out.splitlines()[-1])
+    assert [(row["trained_at"], row["height"], row["width"]) for row in found] == [("3×4", "2", "2"), ("3×4", "5", "5")]
 
 
 @pytest.mark.parametrize("scan", ["raster", "column"])

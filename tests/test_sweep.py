@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from attnbench import board, budget, cli, record, report, schedule, suite, sweep
+from attnbench import board, budget, cli, experiment, measure, record, report, schedule, suite, sweep, train
 from attnbench.attempt import Outcome, Task
 from attnbench.claim import Launcher
 from attnbench.config import RunConfig
@@ -194,6 +194,45 @@ def test_equal_seconds_wait_for_a_measured_throughput(tmp_path: Path) -> None:
     assert fitted is not None and fitted.train.steps == round(10 * speed / 32)
     other = config.model_copy(update={"variant": "local2d"})
     assert budget.fit(other, limit, tmp_path) is None, "another variant's throughput says nothing"
+
+
+def test_what_a_budget_allows_stays_when_more_is_measured(tmp_path: Path) -> None:
+    """The cells that it made are measured too; and all seeds and rates have equally much."""
+    done = synthetic.one("dense1d", steps=1, cost=True)
+    synthetic.write(tmp_path, [done])
+    config, limit = RunConfig.model_validate(done["config"] | {"seed": 3}), suite.Budget(seconds=10)
+    assert budget.fit(config, limit, tmp_path) is not None and not (tmp_path / "budgets").exists()
+    first = budget.fit(config, limit, tmp_path, keep=True)
+    for seed in (1, 2):
+        faster = synthetic.one("dense1d", seed=seed, steps=7, cost=True)
+        faster["metrics"]["train_images_per_second"] *= 3
+        synthetic.write(tmp_path, [faster])
+    assert budget.fit(config, limit, tmp_path, keep=True) == first
+    other = budget.fit(suite.at_rate(config, 0.5).model_copy(update={"seed": 8}), limit, tmp_path)
+    assert first is not None and other is not None and other.train.steps == first.train.steps
+    more = budget.fit(config, suite.Budget(seconds=20), tmp_path)
+    assert more is not None and more.train.steps > 5 * first.train.steps, "another budget is another question"
+    (kept,) = (tmp_path / "budgets").iterdir()
+    kept.write_text("{}")
+    assert budget.fit(config, limit, tmp_path, keep=True) != first
+
+
+def test_pictures_in_colour_cost_what_their_model_counts(tmp_path: Path) -> None:
+    told = {"variant": "resnet", "data": {"name": "photos", "side": 8}, "model": TINY["model"], "device": "cpu"}
+    config = experiment.resolve(RunConfig.model_validate(told | {"out": tmp_path}))
+    prepared = experiment.prepare(config)
+    model: Any = train.make_model(config, *prepared.shape, channels=3, classes=10)
+    assert budget.flops_per_image(config) == 3 * model.flops()
+
+
+def test_a_width_that_cannot_be_measured_does_not_fit(tmp_path: Path) -> None:
+    def peak(run: RunConfig) -> int:
+        if run.model.dim > 50:
+            raise measure.ChildFailed("memory", "was ended by SIGKILL", [])
+        return 1
+
+    fitted = budget.fit(cell(tmp_path).config, suite.Budget(bytes=1000), tmp_path, peak=peak)
+    assert fitted is not None and fitted.model.dim == 48
 
 
 def test_equal_bytes_become_the_widest_model_that_fits(tmp_path: Path) -> None:

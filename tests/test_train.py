@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,14 @@ import pytest
 import torch
 
 import models
-from attnbench import train
+from attnbench import checkpoint, train
 from attnbench.config import RunConfig
+from attnbench.errors import Refusal
 from attnbench.optimiser import make_optimiser
 
-QUICK = {"steps": 12, "batch": 8, "validate_every": 4, "checkpoint_every": 4, "precision": "float32", "warmup": 3}
+QUICK: dict[str, Any] = {
+    "steps": 12, "batch": 8, "validate_every": 4, "checkpoint_every": 4, "precision": "float32", "warmup": 3,
+}  # fmt: skip
 
 
 def config(variant: str, **changes: object) -> RunConfig:
@@ -68,6 +73,82 @@ def test_resuming_resumes(tmp_path: Path) -> None:
     model: Any = train.make_model(config("dense1d"), 3, 5, 5)
     train.fit(model, tokens(), lambda m: 0.0, config("dense1d"), tmp_path, lambda step, loss: seen.append(step))
     assert min(seen) > 10
+
+
+def trained(folder: Path, validate: Callable[[Any], float] = lambda m: 0.0, **told: Any) -> list[int]:
+    """The steps that `fit` reports."""
+    seen: list[int] = []
+    model: Any = train.make_model(config("dense1d"), 3, 5, 5)
+    train.fit(model, tokens(), validate, config("dense1d"), folder, lambda step, loss: seen.append(step), **told)
+    return seen
+
+
+def test_ctrl_c_in_the_last_validation_is_heard(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def validate(model: Any) -> float:
+        calls.append(1)
+        if len(calls) == QUICK["steps"] // QUICK["validate_every"]:
+            signal.raise_signal(signal.SIGINT)
+        return 0.0
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, validate)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.step == QUICK["steps"]
+    assert trained(tmp_path) == []
+
+
+def test_the_last_step_is_saved_and_not_trained_again(tmp_path: Path) -> None:
+    """What comes after training may be killed too."""
+    whole, _ = fit(config("dense1d"), tmp_path)
+    again, progress = fit(config("dense1d"), tmp_path)
+    assert progress is not None and progress.step == 12 and progress.curves.validation_steps == [4, 8, 12]
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in whole.state_dict().items())
+    assert trained(tmp_path) == []
+
+
+def test_a_checkpoint_of_other_images_is_not_resumed(tmp_path: Path) -> None:
+    trained(tmp_path, data="these")
+    assert trained(tmp_path, data="these") == trained(tmp_path) == []
+    with pytest.warns(UserWarning, match="other images or weights than these: training starts anew"):
+        assert trained(tmp_path, data="those") == [10, 12]
+    assert trained(tmp_path, data="those") == []
+
+
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(tmp_path: Path) -> None:
+    fit(config("dense1d"), tmp_path / "a")
+    found = checkpoint.latest(tmp_path / "a")
+    assert found is not None
+    some = {name: tensor for name, tensor in found.tensors.items() if name != "model.head.weight"}
+    checkpoint.save(tmp_path / "lacking", 12, some, found.meta)
+    checkpoint.save(tmp_path / "unknown", 12, found.tensors | {"model.foot": torch.zeros(2)}, found.meta)
+    checkpoint.save(tmp_path / "told", 12, found.tensors, found.meta | {"more": 1})
+    for folder in ("lacking", "unknown", "told"):
+        with pytest.raises(Refusal, match=rf"{folder} has a checkpoint that does not fit .*; delete it") as refused:
+            trained(tmp_path / folder)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_run_that_is_no_longer_held_saves_nothing(tmp_path: Path) -> None:
+    """Another launcher goes on from what lies there: a paused one that wakes must not delete its later steps."""
+    path = checkpoint.save(tmp_path, 99, {}, {})
+    model: Any = train.make_model(config("dense1d"), 3, 5, 5)
+
+    def interrupt(step: int, loss: float) -> None:
+        if step == 10:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        _from_scratch(model, tmp_path, interrupt)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def _from_scratch(model: Any, folder: Path, report: Callable[[int, float], None]) -> None:
+    """As a cell that began before the other one did."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "latest", lambda folder: None)
+        train.fit(model, tokens(), lambda m: 0.0, config("dense1d"), folder, report, held=lambda: False)
 
 
 def test_every_epoch_sees_every_image_once() -> None:
