@@ -329,8 +329,13 @@ def _chosen(runs: pd.DataFrame) -> pd.Series:
 
 
 def _twice(runs: pd.DataFrame) -> pd.Series:
-    """Which repeat a finished run of the same cell, rate and seed that tells as much; of several, all but one."""
+    """Which repeat a finished run of the same cell, rate and seed that tells as much; of several, all but one.
+
+    Of an own attention's versions the latest counts.
+    """
     known = runs[runs["status"] == "ok"].sort_values("train_peak_bytes", kind="stable", na_position="last")
+    own = [str(part(record, "environment").get("time")) if record.get("code") else "" for record in known["record"]]
+    known = known.assign(own=own).sort_values("own", kind="stable", ascending=False)
     repeated = known.duplicated(["cell", "lr", "seed"])
     return repeated.reindex(runs.index, fill_value=False)
 

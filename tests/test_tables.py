@@ -98,6 +98,15 @@ def test_runs_that_differ_in_heads_or_precision_are_other_contexts() -> None:
     assert len({frame.context(done) for done in (plain, heads, half)}) == 3
 
 
+def test_of_an_own_attention_the_latest_code_counts() -> None:
+    old, new = (synthetic.one("my_own:Attention", nats=nats, cost=nats < 2) for nats in (1.5, 2.5))
+    for name, done in (("1", old), ("2", new)):
+        done |= {"id": name, "code": name}
+        done["environment"]["time"] = f"2026-01-0{name}T00:00:00+00:00"
+    (row,) = tables.summary(framed(old, new)).to_dict("records")
+    assert row["nats_per_token"] == pytest.approx(2.5, abs=0.02)
+
+
 def test_a_seed_that_lacks_a_side_does_not_bend_the_exponent() -> None:
     rule = suite.Rule(claim="C1", says="", kind="exponent", metric="seconds_per_image",
                       pairs=({"these": {"variant": "dense1d"}},), expects="above", threshold=1.5)  # type: ignore[arg-type]  # fmt: skip
