@@ -66,6 +66,13 @@ class Attention(nn.Module):
             extras["gates"] = rearrange(gates, "b n (h g) -> b h n g", h=self.heads)
         return q, k, v, extras
 
+    def checked(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """What the mixer made, for a kernel, which reads it as it reads x: of its shape and dtype, else ValueError."""
+        if (mixed.shape, mixed.dtype) != (x.shape, x.dtype):
+            made, wanted = (f"{tuple(y.shape)} in {y.dtype}" for y in (mixed, x))
+            raise ValueError(f"{type(self.mixer).__name__} made {made} where {wanted} is wanted, as of q, k and v")
+        return mixed
+
     def mix(self, q: Tensor, k: Tensor, v: Tensor, extras: dict[str, Any]) -> Tensor:
         """What the mixer makes of them, (batch, seq, dim), before `out`."""
         return rearrange(self.mixer(q, k, v, **extras), "b h n d -> b n (h d)")
@@ -135,7 +142,8 @@ class Block(nn.Module):
         qkv, outer, up, down = (matrix.weight for matrix in matrices)
         gates = attention.gated(norm(x)) if attention.gates else None
         projected = attention.split(kernels.block.project(x, norm.gain, norm.eps, qkv), gates, slots)
-        return kernels.block.finish(x, attention.mix(*projected), outer, last.gain, last.eps, up, down)
+        mixed = attention.checked(attention.mix(*projected), x)
+        return kernels.block.finish(x, mixed, outer, last.gain, last.eps, up, down)
 
     def step(self, x: Tensor, slots: Tensor, state: Any) -> tuple[Tensor, Any]:
         attention, normed = self.attention, self.attention_norm(x)
@@ -265,6 +273,7 @@ class ImageGPT(nn.Module):
             attention = attentions[index]
             step = attention.step(qkv, gates if attention.gates else None, slots, state.layers[index])
             (mixed, state.layers[index]), first = step, index + 1
+            mixed = attention.checked(mixed, x)
         return stack.run(x, mixed, first, self.depth)[1]
 
     def _stack(self, state: State) -> kernels.Stack:
