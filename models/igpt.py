@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from . import kernels
+from .decoding import check_step
 from .geometry import Scan
 from .mixer import Kept, Layer, Mixer
 from .position import TABLE_SIGMA, Position, Shape
@@ -207,7 +208,14 @@ class ImageGPT(nn.Module):
         return "+".join(dict.fromkeys(mixer.backend for mixer in self.mixers))
 
     def embed(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """(batch, height, width) -> (batch, seq, dim); the content of hidden pixels is zeroed, their position kept."""
+        """(batch, height, width) -> (batch, seq, dim); the content of hidden pixels is zeroed, their position kept.
+
+        Raises ValueError for images of another height or width.
+        """
+        grid = self.scan.grid
+        for what, given in (("tokens", tokens), ("hidden", hidden)):
+            if given is not None and given.shape[1:] != (grid.height, grid.width):
+                raise ValueError(f"{what} (batch, {grid.height}, {grid.width}) wanted, not {tuple(given.shape)}")
         x = self.tokens[tokens.flatten(1)[:, self.order]]
         if hidden is not None:
             x = x * ~hidden.flatten(1)[:, self.order, None]
@@ -241,11 +249,11 @@ class ImageGPT(nn.Module):
         return State(0, batch, [mixer.start(batch, self.tokens) for mixer in self.mixers])
 
     def step(self, pixel: Tensor | None, state: State) -> tuple[Tensor, State]:
-        """The previous pixel along the scan, int64 (batch,), None at the first -> logits (batch, vocab) of the next."""
-        if (pixel is None) != (state.slot == 0):
-            raise ValueError("the first step takes None, every later one the pixel before")
-        if pixel is not None and len(pixel) != state.batch:
-            raise ValueError(f"{len(pixel)} pixels for the {state.batch} images that decoding began with")
+        """The previous pixel along the scan, int64 (batch,), None at the first -> logits (batch, vocab) of the next.
+
+        Raises ValueError for other pixels, and after the last.
+        """
+        check_step(pixel, state.slot, state.batch, self.scan.grid.size)
         assert self.start_token is not None
         slots = self.slots[state.slot : state.slot + 1]
         x = (self.start_token.expand(state.batch, -1) if pixel is None else self.tokens[pixel])[:, None]
