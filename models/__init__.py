@@ -14,7 +14,7 @@ from .geometry import Grid, Scan
 from .igpt import ImageGPT
 from .mixer import ExactMixer, Layer, Mixer
 from .position import POSITIONS
-from .registry import OBJECTIVES, SUPERVISED, VARIANTS, Variant, choose, variant
+from .registry import OBJECTIVES, SUPERVISED, VARIANTS, Variant, choose, positive, variant
 from .whole import Whole
 
 __all__ = [
@@ -50,9 +50,12 @@ def build(
     A supervised one: images float (batch, channels, height, width) -> logits (batch, classes).  objective: by default
     the variant's first, "ar" for all that have it.  scan: the order of the pixels, a name of orders.ORDERS.
     `settings` are the variant's own options.  Raises ValueError, in a line that names the way out, for an unknown
-    variant, objective, position, scan, backend or option, and for a pair that cannot be.
+    variant, objective, position, scan, backend or option, for what is no whole number of at least 1, and for a pair
+    that cannot be.
     """
     chosen = _known(name)
+    for number, value in (("vocab", vocab), ("dim", dim), ("depth", depth), ("heads", heads)):
+        positive(number, value)
     objective = objective or chosen.objectives[0]
     if objective not in (*OBJECTIVES, SUPERVISED):
         raise choose("objective", objective, (*OBJECTIVES, SUPERVISED))

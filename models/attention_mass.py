@@ -71,7 +71,8 @@ def _inputs(model: ImageGPT, tokens: Tensor) -> Iterator[tuple[Block, Tensor]]:
     x = model.embed(tokens)
     for block in cast("list[Block]", list(model.blocks)):
         if not isinstance(block.attention.mixer, ExactMixer):
-            raise ValueError(f"{type(block.attention.mixer).__name__} has no attention weights over pixels")
+            name = type(block.attention.mixer).__name__
+            raise ValueError(f"{name} has no attention weights over pixels; measure a dense, local or sparse variant")
         yield block, x
         x = block(x, model.slots)
 

@@ -27,9 +27,9 @@ FAR = -80.0
 """Added to a score to make its weight vanish: e⁻⁸⁰. Much more would cost the log of the mass its digits in float32."""
 
 
-def _missing(module: str, extra: str = "") -> list[str]:
-    how = f": pip install 'attnbench[{extra}]'" if extra else ""
-    return [] if find_spec(module) else [f"{module} is not installed{how}"]
+def _missing(module: str, what: str = "attnbench[gpu]") -> list[str]:
+    """What to install is the extra that brings the module, or the module itself where attnbench brings it already."""
+    return [] if find_spec(module) else [f"{module} is not installed: pip install '{what}'"]
 
 
 def _no_cuda(why: str) -> list[str]:
@@ -106,7 +106,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, plan: FlexPlan, bias: Callable[..., Te
 
 def xformers_reasons(scan: Scan, window: int | None, biased: bool) -> list[str]:
     """Why memory_efficient_attention (Lefaudeux et al., xFormers, 2022) cannot serve dense attention or a window."""
-    reasons = _missing("xformers") + _no_cuda("its kernels are for CUDA")
+    reasons = _missing("xformers", "xformers") + _no_cuda("its kernels are for CUDA")
     if biased:
         reasons.append("would lay out the n² bias")
     if window is not None and scan.causal:
@@ -136,7 +136,7 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Tensor:
 
 def natten_reasons(scan: Scan, radius: int, biased: bool) -> list[str]:
     """Why NATTEN (Hassani et al., Neighborhood Attention Transformer, 2023) cannot serve local2d."""
-    reasons = _missing("natten", "gpu") + _no_cuda("on a CPU it has no backward pass")
+    reasons = _missing("natten") + _no_cuda("on a CPU it has no backward pass")
     if biased:
         reasons.append("adds no bias to the scores")
     if scan.order != "raster":
@@ -239,7 +239,7 @@ def fla_reasons(scan: Scan, head_dim: int = 0, limit: int = 0) -> list[str]:
 
     limit: the widest head that the kernel takes; 0 for any, as its blocks are filled up.
     """
-    reasons = _missing("fla", "gpu") + _missing("triton") + _no_cuda("its kernels are for CUDA")
+    reasons = _missing("fla") + _missing("triton") + _no_cuda("its kernels are for CUDA")
     if not scan.causal:
         reasons.append(f"its kernels are causal: serves objective 'ar' only, not {scan.objective!r}")
     if limit and head_dim > limit:
@@ -279,5 +279,11 @@ def fla_decayed(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None
 
 
 def fla_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
-    """The gated delta rule as recurrence.delta sums it; log_decay, beta (batch, heads, seq)."""
-    return _fla("gated_delta_rule", q=q, k=k, v=v, g=log_decay, beta=beta)
+    """The gated delta rule as recurrence.delta sums it; log_decay, beta (batch, heads, seq).
+
+    The library's kernel refuses q, k and v in float32: they are rounded to bfloat16, two to three digits, and what it
+    returns is as coarse; log_decay, beta and the states stay float32.
+    """
+    narrow = (x.bfloat16() if x.dtype == torch.float32 else x for x in (q, k, v))
+    q, k, v, dtype = *narrow, q.dtype
+    return _fla("gated_delta_rule", q=q, k=k, v=v, g=log_decay, beta=beta).to(dtype)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .registry import variant
+from .decoding import check_step
+from .registry import positive, variant
 from .whole import Whole, WholeModel, nearest
 
 GATE_WIDTHS, HEAD_WIDTHS = (0.7, 1.0, 1.5), (0.5, 2.0, 4.0)
@@ -93,7 +94,7 @@ class PixelCNN(WholeModel):
 
     def __init__(self, whole: Whole, *, share: float | str = 1.0, kernel: int = 3) -> None:
         super().__init__(whole)
-        if not isinstance(kernel, int) or isinstance(kernel, bool) or kernel < 3 or kernel % 2 == 0:
+        if positive("kernel", kernel) < 3 or kernel % 2 == 0:
             raise ValueError(f"kernel must be an odd number of pixels, at least 3, not {kernel!r}")
         width, inner, hidden = _pixelcnn_widths(whole.budget(share), whole, kernel)
         self.depth, self.reach = whole.depth, kernel // 2
@@ -138,10 +139,10 @@ class PixelCNN(WholeModel):
     def step(self, pixel: Tensor | None, state: State) -> tuple[Tensor, State]:
         """The previous pixel along the raster, int64 (batch,), None at the first -> logits (batch, vocab) of the next.
 
-        The vertical stack runs once a row, as soon as the row above is whole.
+        The vertical stack runs once a row, as soon as the row above is whole.  Raises ValueError for other pixels, and
+        after the last.
         """
-        if (pixel is None) != (state.slot == 0):
-            raise ValueError("the first step takes None, every later one the pixel before")
+        check_step(pixel, state.slot, state.batch, self.scan.grid.size)
         across = state.row.new_zeros(state.batch, state.row.shape[1])
         if pixel is not None:
             embedded = self.tokens[pixel]
@@ -286,7 +287,7 @@ def _resnet_widths(budget: float, whole: Whole, counts: list[int]) -> tuple[int,
             [width], range(max(1, 2 * width - 2), 2 * width + 3), range(max(1, 4 * width - 4), 4 * width + 5)
         )
         found: dict[tuple[int, ...], int] = {w: _resnet_parameters(w, counts, whole) for w in near}
-        if min(found.values()) > 1.1 * budget:
+        if sizes and min(found.values()) > 1.1 * budget:
             break
         sizes |= found
     return nearest(budget, sizes, unusual=lambda w: abs(w[1] / (2 * w[0]) - 1) + abs(w[2] / (4 * w[0]) - 1))

@@ -42,7 +42,7 @@ from . import geometry, reference
 from .gated import EPS, normalised
 from .mixer import Layer
 from .recurrence import Recurrent, carried, widened
-from .registry import variant
+from .registry import positive, variant
 
 
 @dataclass
@@ -80,10 +80,8 @@ class Decay2D(Recurrent):
         super().__init__(layer)
         if layer.scan.order != "raster":
             raise ValueError(f"decay2d sums whole earlier rows, which needs scan 'raster', not {layer.scan.order!r}")
-        for name, value in (("band", band), ("strip", strip)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of pixels, at least 1, not {value!r}")
-        self.band, self.strip = evened(layer.scan.grid.height, band), evened(layer.scan.grid.width, strip)
+        self.band = evened(layer.scan.grid.height, positive("band", band))
+        self.strip = evened(layer.scan.grid.width, positive("strip", strip))
         self.unit = self.band * layer.scan.grid.width
         head = torch.arange(layer.heads, dtype=torch.get_default_dtype())
         rates = (-torch.log1p(-(2.0 ** (-1 - head)))).log().repeat(2, 1)
@@ -135,7 +133,7 @@ class Decay2D(Recurrent):
     def _sideways(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         across = torch.arange(self.strip, device=q.device)
         near, far = (self.faded(1, x, q)[:, None, None, None, :, None] for x in (across, self.strip - across))
-        fade = self.faded(1, torch.tensor([self.strip], device=q.device), q)[..., None, None, None, None]
+        fade = self.faded(1, torch.full((1,), self.strip, device=q.device), q)[..., None, None, None, None]
         down = torch.arange(self.band, device=q.device)
         down = down[:, None] - down[None, :]
         weight = self.faded(0, down.clamp(min=0), q)[:, None]
@@ -156,7 +154,7 @@ class Decay2D(Recurrent):
         q, k, v = (rearrange(x, "b h i r j c d -> b h i (j c) r d") for x in (q[:, :, 1:], k[:, :, :-1], v[:, :, :-1]))
         row = torch.arange(self.band, device=q.device)
         near, far = (self.faded(0, x, q)[:, None, None, :, None] for x in (row, self.band - row))
-        fade = self.faded(0, torch.tensor([self.band], device=q.device), q)[..., None, None, None]
+        fade = self.faded(0, torch.full((1,), self.band, device=q.device), q)[..., None, None, None]
         states = carried((k * far).mT @ v, fade, dim=2)
         out = rearrange((q * near) @ self._spread(states), "b h i (j c) r d -> b h i r j c d", c=self.strip)
         return F.pad(out, (0, 0) * 4 + (1, 0))
@@ -167,7 +165,7 @@ class Decay2D(Recurrent):
         col = torch.arange(self.strip, device=x.device)
         out = self.faded(1, (col[:, None] - col[None, :]).abs(), x)[:, None, None] @ x
         if x.shape[3] > 1:
-            fade = self.faded(1, torch.tensor([self.strip], device=x.device), x)[..., None, None]
+            fade = self.faded(1, torch.full((1,), self.strip, device=x.device), x)[..., None, None]
             # What a strip's border pixels read of their own strip is all that the next strip needs of it.
             left = carried(out[:, :, :, :-1, -1], fade, dim=3)[..., None, :]
             right = carried(out[:, :, :, 1:, 0], fade, dim=3, backward=True)[..., None, :]

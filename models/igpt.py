@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from . import kernels
+from .decoding import check_step
 from .geometry import Scan
 from .mixer import Kept, Layer, Mixer
 from .position import TABLE_SIGMA, Position, Shape
@@ -65,6 +66,13 @@ class Attention(nn.Module):
         if gates is not None:
             extras["gates"] = rearrange(gates, "b n (h g) -> b h n g", h=self.heads)
         return q, k, v, extras
+
+    def checked(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """What the mixer made, for a kernel, which reads it as it reads x: of its shape and dtype, else ValueError."""
+        if (mixed.shape, mixed.dtype) != (x.shape, x.dtype):
+            made, wanted = (f"{tuple(y.shape)} in {y.dtype}" for y in (mixed, x))
+            raise ValueError(f"{type(self.mixer).__name__} made {made} where {wanted} is wanted, as of q, k and v")
+        return mixed
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, extras: dict[str, Any]) -> Tensor:
         """What the mixer makes of them, (batch, seq, dim), before `out`."""
@@ -135,7 +143,8 @@ class Block(nn.Module):
         qkv, outer, up, down = (matrix.weight for matrix in matrices)
         gates = attention.gated(norm(x)) if attention.gates else None
         projected = attention.split(kernels.block.project(x, norm.gain, norm.eps, qkv), gates, slots)
-        return kernels.block.finish(x, attention.mix(*projected), outer, last.gain, last.eps, up, down)
+        mixed = attention.checked(attention.mix(*projected), x)
+        return kernels.block.finish(x, mixed, outer, last.gain, last.eps, up, down)
 
     def step(self, x: Tensor, slots: Tensor, state: Any) -> tuple[Tensor, Any]:
         attention, normed = self.attention, self.attention_norm(x)
@@ -199,7 +208,14 @@ class ImageGPT(nn.Module):
         return "+".join(dict.fromkeys(mixer.backend for mixer in self.mixers))
 
     def embed(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """(batch, height, width) -> (batch, seq, dim); the content of hidden pixels is zeroed, their position kept."""
+        """(batch, height, width) -> (batch, seq, dim); the content of hidden pixels is zeroed, their position kept.
+
+        Raises ValueError for images of another height or width.
+        """
+        grid = self.scan.grid
+        for what, given in (("tokens", tokens), ("hidden", hidden)):
+            if given is not None and given.shape[1:] != (grid.height, grid.width):
+                raise ValueError(f"{what} (batch, {grid.height}, {grid.width}) wanted, not {tuple(given.shape)}")
         x = self.tokens[tokens.flatten(1)[:, self.order]]
         if hidden is not None:
             x = x * ~hidden.flatten(1)[:, self.order, None]
@@ -233,11 +249,11 @@ class ImageGPT(nn.Module):
         return State(0, batch, [mixer.start(batch, self.tokens) for mixer in self.mixers])
 
     def step(self, pixel: Tensor | None, state: State) -> tuple[Tensor, State]:
-        """The previous pixel along the scan, int64 (batch,), None at the first -> logits (batch, vocab) of the next."""
-        if (pixel is None) != (state.slot == 0):
-            raise ValueError("the first step takes None, every later one the pixel before")
-        if pixel is not None and len(pixel) != state.batch:
-            raise ValueError(f"{len(pixel)} pixels for the {state.batch} images that decoding began with")
+        """The previous pixel along the scan, int64 (batch,), None at the first -> logits (batch, vocab) of the next.
+
+        Raises ValueError for other pixels, and after the last.
+        """
+        check_step(pixel, state.slot, state.batch, self.scan.grid.size)
         assert self.start_token is not None
         slots = self.slots[state.slot : state.slot + 1]
         x = (self.start_token.expand(state.batch, -1) if pixel is None else self.tokens[pixel])[:, None]
@@ -265,6 +281,7 @@ class ImageGPT(nn.Module):
             attention = attentions[index]
             step = attention.step(qkv, gates if attention.gates else None, slots, state.layers[index])
             (mixed, state.layers[index]), first = step, index + 1
+            mixed = attention.checked(mixed, x)
         return stack.run(x, mixed, first, self.depth)[1]
 
     def _stack(self, state: State) -> kernels.Stack:

@@ -19,7 +19,7 @@ from . import backends, kernels, reference
 from .full import Dense
 from .mixer import Layer, Mixer
 from .recurrence import Recurrent, cut, decayed, summed
-from .registry import variant
+from .registry import positive, variant
 
 
 @dataclass
@@ -133,9 +133,8 @@ class Performer(Linear):
 
     def __init__(self, layer: Layer, *, features: int = 0, seed: int = 0, chunk: int = 0) -> None:
         super().__init__(layer, chunk=chunk)
-        if not isinstance(features, int) or features < 0:
-            raise ValueError(f"features must be a whole number, or 0 for d·ln d, not {features!r}")
-        self.width = features or max(1, math.ceil(layer.head_dim * math.log(layer.head_dim)))
+        usual = max(1, math.ceil(layer.head_dim * math.log(layer.head_dim)))
+        self.width = positive("features", features, zero="d·ln d") or usual
         directions = orthogonal_directions(layer.heads, self.width, layer.head_dim, seed, layer.index)
         # Drawn on the CPU on any machine; then wherever the model is being built.
         self.register_buffer("directions", directions.to(torch.empty(()).device, torch.get_default_dtype()))
@@ -405,7 +404,5 @@ class HybridLinear(Mixer):
     """Makes `every` linear layers, then a dense one, and so on; a trunk too shallow for that ends with a dense one."""
 
     def __new__(cls, layer: Layer, *, every: int = 3) -> Mixer:  # type: ignore[misc]  # one of two others
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a whole number of layers, at least 1, not {every!r}")
-        dense = layer.index % (every + 1) == min(every, layer.depth - 1)
+        dense = layer.index % (positive("every", every) + 1) == min(every, layer.depth - 1)
         return Dense(layer) if dense else Linear(layer)

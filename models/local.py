@@ -7,7 +7,7 @@ from torch import Tensor
 from . import backends, geometry, kernels
 from .geometry import Predicate, Tiles
 from .mixer import ExactMixer, Layer, ScoreBias
-from .registry import variant
+from .registry import positive, variant
 
 
 @variant(
@@ -20,6 +20,8 @@ from .registry import variant
 )
 class Local1D(ExactMixer):
     """A target sees the start token and the `window` pixels before it; with window < width never the pixel above."""
+
+    backends = ("blocked", "flex", "xformers", "math")
 
     def __init__(self, layer: Layer, *, window: int = 16) -> None:
         self.window = positive("window", window)  # before the base asks whether a backend can serve it
@@ -62,6 +64,7 @@ class Local2D(ExactMixer):
     def __init__(self, layer: Layer, *, radius: int = 3) -> None:
         self.radius = positive("radius", radius)  # before the base asks whether a backend can serve it
         super().__init__(layer)
+        self._offsets: tuple[Tensor, Tensor] | None = None
 
     def visible(self) -> Predicate:
         return geometry.window2d(self.layer.scan, self.radius)
@@ -95,11 +98,7 @@ class Local2D(ExactMixer):
             return super().forward(q, k, v, bias)
         if self.backend == "triton":
             return kernels.window.attend(q, k, v, *window)
-        return kernels.local2d(q, k, v, *window, None if bias is None else bias(*kernels.offsets(*window)))
-
-
-def positive(name: str, value: object) -> int:
-    """The value, if it is a whole number of at least 1; else ValueError."""
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number, at least 1, not {value!r}")
-    return value
+        if bias is None:
+            return kernels.local2d(q, k, v, *window)
+        self._offsets = self._offsets or kernels.offsets(*window)
+        return kernels.local2d(q, k, v, *window, bias(*self._offsets))

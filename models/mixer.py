@@ -278,8 +278,8 @@ class ExactMixer(Mixer):
 
     def _seen_by(self, slot: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Which slots this one sees, and their places in the cache; none: the first, as many as they are."""
-        first = slot - slot % AHEAD
-        if self._seen is None or self._seen[0] != first or self._seen[1][0].device != device:
+        first, seen = slot - slot % AHEAD, self._seen
+        if seen is None or seen[0] != first or seen[1][0].device != device:
             assert self._last_use is not None, "a state comes from start"
             slots = torch.arange(first, min(first + AHEAD, self.layer.size))
             held = (self._last_use[: len(slots) + first] >= first).nonzero().squeeze(1)
@@ -287,8 +287,9 @@ class ExactMixer(Mixer):
             keys = held[mask.nonzero()[:, 1]]
             places = torch.tensor(self._places[0])[keys]
             counts = mask.sum(dim=1).tolist()
-            self._seen = first, list(keys.to(device).split(counts)), list(places.to(device).split(counts))
-        return self._seen[1][slot - first], self._seen[2][slot - first]
+            seen = first, list(keys.to(device).split(counts)), list(places.to(device).split(counts))
+            self._seen = seen
+        return seen[1][slot - first], seen[2][slot - first]
 
     def pairs(self) -> int:
         """How many (query, key) pairs are visible."""

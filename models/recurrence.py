@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .mixer import Layer, Mixer
+from .registry import positive
 
 
 def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -44,9 +45,8 @@ class Recurrent(Mixer):
 
     def __init__(self, layer: Layer, *, chunk: int = 0) -> None:
         super().__init__(layer)
-        if not isinstance(chunk, int) or chunk < 0:
-            raise ValueError(f"chunk must be a whole number of slots, or 0 for a fitting one, not {chunk!r}")
-        self.chunk = self.unit = chunk or max(32, 1 << (layer.head_dim - 1).bit_length())
+        chosen = positive("chunk", chunk, zero="a fitting one")
+        self.chunk = self.unit = chosen or max(32, 1 << (layer.head_dim - 1).bit_length())
 
     def parallel(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
         """The whole sequence at once; extras: `gates`, if asked for."""

@@ -61,6 +61,14 @@ def variant(
     return register
 
 
+def positive(name: str, value: object, zero: str = "") -> int:
+    """The value, if it is a whole number of at least 1, or 0 where that stands for `zero`; else ValueError."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < (0 if zero else 1):
+        or_zero = f", or 0 for {zero}" if zero else ""
+        raise ValueError(f"{name} must be a whole number, at least 1{or_zero}, not {value!r}")
+    return value
+
+
 def choose(what: str, name: str, known: object) -> ValueError:
     """The error for a name that is not among the known ones, with the nearest that is."""
     names = sorted(str(k) for k in known)  # type: ignore[attr-defined]

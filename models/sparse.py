@@ -15,9 +15,9 @@ from torch import Tensor
 from . import geometry
 from .full import Dense
 from .geometry import Predicate, Tiles
-from .local import Local2D, positive
+from .local import Local2D
 from .mixer import ExactMixer, Layer, Mixer, ScoreBias, put_back, take
-from .registry import variant
+from .registry import positive, variant
 
 Part = tuple[Tensor, Tensor, Tensor]
 """Query slots (tiles, queries), key slots (tiles, keys), mask (tiles, queries, keys)."""

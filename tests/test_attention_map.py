@@ -101,6 +101,8 @@ def test_models_without_attention_weights_are_refused() -> None:
     tokens = torch.randint(7, (1, 3, 5))
     with pytest.raises(Refusal, match="softmax"):
         attention_map.attention(trunk("linear"), tokens, (1,))
+    with pytest.raises(ValueError, match=r"^Linear has no .*; measure a dense, local or sparse variant"):
+        attention_mass.measure(trunk("linear"), tokens, (1,))
     with pytest.raises(Refusal, match="no trunk"):
         attention_map.attention(models.build("pixelcnn", height=3, width=5, vocab=7), tokens, (1,))
 

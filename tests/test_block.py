@@ -95,6 +95,12 @@ def test_equals_its_oracle(
 
 
 @needs_compiler
+@pytest.mark.parametrize(("fast", "slow"), PAIRS)
+def test_no_rows_are_none_and_the_weights_gradients_zero(fast: Function, slow: Function) -> None:
+    assert_same(fast, slow, inputs(0, 3, 5, 7))
+
+
+@needs_compiler
 def test_another_activation_is_noticed() -> None:
     with pytest.raises(AssertionError, match="not close"):
         assert_same(fused_finish, partial(finish, slope=1.7), inputs(2, 3, 5, 3))
@@ -194,6 +200,17 @@ def test_a_block_is_one_graph() -> None:
     slots = torch.arange(15)
     gradients = [torch.autograd.grad(run(x, slots).sin().sum(), x)[0] for run in (compiled, inner)]
     assert_close(gradients[0], gradients[1])
+
+
+@needs_compiler
+def test_what_a_mixer_makes_of_another_shape_or_dtype_is_refused() -> None:
+    model: Any = build("local2d", height=3, width=5, vocab=7, dim=8, depth=1, heads=2)
+    (mixer,), tokens = model.mixers, torch.zeros(2, 3, 5, dtype=torch.int64)
+    changes: list[Function] = [lambda out: out.double(), lambda out: out[:, :, :7], lambda out: out[:1]]
+    for change in changes:
+        mixer.forward = lambda q, k, v, change=change: change(v)
+        with pytest.raises(ValueError, match=r"^Local2D made .* where \(2, 15, 8\) in torch.float32 is wanted"):
+            model(tokens)
 
 
 @needs_compiler

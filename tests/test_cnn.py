@@ -155,6 +155,7 @@ def test_resnet_reads_any_side(height: int, width: int, channels: int) -> None:
     [
         ("pixelcnn", {"objective": "bert"}, "objective"),
         ("pixelcnn", {"kernel": 4}, "odd"),
+        ("pixelcnn", {"kernel": True}, "kernel must be"),
         ("pixelcnn", {"share": 0}, "share"),
         ("pixelcnn", {"share": "half"}, "share"),
         ("pixelcnn", {"position": "learned1d"}, "position"),
@@ -162,6 +163,7 @@ def test_resnet_reads_any_side(height: int, width: int, channels: int) -> None:
         ("pixelcnn", {"scan": "snake"}, "raster"),
         ("pixelcnn", {"dim": 2, "share": 0.01}, "no width"),
         ("resnet", {"objective": "ar"}, "supervised"),
+        ("resnet", {"dim": 2, "share": 0.01}, "no width"),
         ("resnet", {"kernel": 3}, "option"),
     ],
 )
@@ -175,3 +177,6 @@ def test_decoding_in_the_wrong_order_is_refused() -> None:
     model = pixelcnn(2, 2)
     with pytest.raises(ValueError, match="first step"):
         model.step(torch.zeros(1, dtype=torch.long), model.start(1))
+    _, state = model.step(None, model.start(3))
+    with pytest.raises(ValueError, match="1 pixels for the 3 images"):
+        model.step(torch.zeros(1, dtype=torch.long), state)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from models.decay2d import Decay2D, evened
@@ -147,6 +148,21 @@ def test_rates_near_zero_and_beyond_any_float_are_harmless(rate: float) -> None:
     out = mixer(*given)
     assert_close(out, mixer.oracle(*given), rtol=1e-3, atol=1e-3)
     assert all(x.isfinite().all() for x in torch.autograd.grad((out**2).sum(), [*given, *mixer.parameters()]))
+
+
+@pytest.mark.parametrize("objective", ["ar", "bert"])
+def test_nothing_is_copied_to_the_device_on_the_way(objective: str) -> None:
+    """A number of Python's made a tensor there is a copy that waits, and no CUDA graph may hold one."""
+    mixer, asked = make(9, 10, objective, band=2, strip=3), []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    with Recorder():
+        mixer(*draw(mixer)).sum().backward()
+    assert "aten::bmm" in asked and "aten::lift_fresh" not in asked
 
 
 def test_sides_are_cut_evenly() -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 from torch.testing import assert_close
 
 from models import build, kernels, reference
@@ -258,6 +259,54 @@ def test_weights_that_change_between_steps_are_noticed(name: str, monkeypatch: p
     fast = changed()
     monkeypatch.setattr(kernels, "decodes", lambda x: False)
     assert_close(fast, changed(), rtol=1e-12, atol=1e-12)
+
+
+@needs_compiler
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_pruned_and_parametrized_weights_are_the_trunk_s_own_to_read(
+    part: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small()
+    up, gain = model.blocks[1].mlp.up, model.blocks[0].attention_norm
+    up.bias = nn.Parameter(torch.randn(96, dtype=torch.float64))
+    if part == "weight":
+        parametrize.register_parametrization(gain, "gain", nn.Softplus())
+    prune.random_unstructured(up, part, 0.5)
+    made = stepped(model, 2)
+    assert not calls
+    monkeypatch.setattr(kernels, "decodes", lambda x: False)
+    assert torch.equal(made, stepped(model, 2))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_keys_whose_biases_are_far_below_are_attended_to(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fills up the last vector of keys must not be the greatest score, or all others vanish."""
+    model = small("dense-relbias2d").to(dtype)
+    for table in (model.position.table, model.position.start):
+        nn.init.normal_(table, -2000.0)
+    fast = stepped(model, 2)
+    monkeypatch.setattr(kernels, "decodes", lambda x: False)
+    assert_close(fast, stepped(model, 2), rtol=0, atol=1e3 * TOLERANCES[dtype])
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["local2d", "linear"])
+def test_what_a_mixer_makes_in_another_dtype_is_refused(name: str) -> None:
+    model = small(name)
+    for mixer in model.mixers:
+        step = mixer.step
+        mixer.keep = lambda state: None
+        mixer.step = lambda *given, step=step, **extras: (step(*given, **extras)[0].float(), None)
+    with pytest.raises(ValueError, match=r"made \(3, 1, 24\) in torch.float32 where \(3, 1, 24\) in torch.float64"):
+        model.step(None, model.start(3))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["local2d", "linear"])
+def test_no_images_have_no_logits(name: str) -> None:
+    assert stepped(small(name), 0).shape == (0, 20, 4)
 
 
 @needs_compiler

@@ -125,7 +125,20 @@ def test_bert_sees_later_pixels() -> None:
         ({"radios": 3}, "did you mean 'radius'"),
         ({"radius": 0}, "at least 1"),
         ({"radius": 1.5}, "whole number"),
+        ({"radius": True}, "radius must be a whole number"),
+        ({"name": "linear", "chunk": -1}, "chunk must be a whole number, at least 1, or 0 for a fitting one, not -1"),
+        ({"name": "linear", "chunk": False}, "chunk must be a whole number"),
+        ({"name": "performer", "features": True}, "features must be a whole number"),
+        ({"name": "hybrid-linear", "every": True}, "every must be a whole number"),
+        ({"name": "hybrid-local2d", "every": True}, "every must be a whole number"),
+        ({"name": "decay2d", "band": True}, "band must be a whole number"),
+        ({"name": "decay2d", "strip": 0}, "strip must be a whole number"),
         ({"heads": 3}, "does not divide"),
+        ({"heads": 0}, "heads must be a whole number, at least 1, not 0"),
+        ({"vocab": 0}, "vocab must be"),
+        ({"depth": 0}, "depth must be"),
+        ({"dim": 16.0}, "dim must be"),
+        ({"name": "pixelcnn", "depth": True}, "depth must be"),
         ({"height": 0}, "at least one row"),
         ({"backend": "cuda"}, "has no such implementation"),
         ({"position": "learnt2d"}, "did you mean 'learned2d'"),
@@ -144,3 +157,27 @@ def test_decoding_refuses_what_it_cannot_do() -> None:
     model = build("dense1d", **SMALL)
     with pytest.raises(ValueError, match="None"):
         model.step(torch.zeros(1, dtype=torch.long), model.start(1))
+
+
+@pytest.mark.parametrize("name", ["dense1d", "local2d", "linear", "decay2d", "pixelcnn"])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_decoding_ends_with_the_last_pixel(name: str, gradients: bool) -> None:
+    model, pixel = build(name, **SMALL), None
+    with torch.set_grad_enabled(gradients):
+        state = model.start(2)
+        for _ in range(15):
+            _, state = model.step(pixel, state)
+            pixel = torch.zeros(2, dtype=torch.long)
+        with pytest.raises(ValueError, match="all 15 pixels have been decoded; begin the next images with start"):
+            model.step(pixel, state)
+
+
+@pytest.mark.parametrize("objective", ["ar", "bert"])
+@pytest.mark.parametrize("shape", [(1, 5, 3), (1, 10, 10), (15,), (1, 15)])
+def test_images_of_another_shape_are_refused(shape: tuple[int, ...], objective: str) -> None:
+    model = build("dense1d", objective=objective, **SMALL)
+    given, right = torch.zeros(shape, dtype=torch.long), torch.zeros(1, 3, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"tokens \(batch, 3, 5\) wanted, not \("):
+        model(given)
+    with pytest.raises(ValueError, match=r"hidden \(batch, 3, 5\) wanted, not \("):
+        model(right, given.bool())

@@ -1,15 +1,12 @@
-"""The compiled kernels against the oracles, at odd shapes and layouts; and what happens where none can be had."""
+"""The compiled kernels against the oracles, at odd shapes and layouts, and as a backend."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -338,6 +335,23 @@ def test_great_scores_neither_overflow_nor_vanish() -> None:
         assert_close(fast(q * 1e3, k * 1e3, v), slow(q * 1e3, k * 1e3, v), rtol=1e-12, atol=1e-12)
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "function", "shape", "tensors"),
+    [
+        ("full", "full_forward", (1, 1, 1, 2**50, 1, 0), 8),
+        ("linear", "linear_forward", (1, 1, 1, 1, 2**50, 0, 1), 6),
+        ("local2d", "local2d_forward", (1, 1, 1, 1, 2**50, 1), 6),
+        ("local2d", "local2d_backward", (2**50, 1, 1, 1, 1, 1), 11),
+    ],
+)
+def test_where_memory_does_not_suffice_python_goes_on(
+    name: str, function: str, shape: tuple[int, ...], tensors: int
+) -> None:
+    with pytest.raises(MemoryError, match=function):
+        compiler.call(name, function, shape, 1.0, *[torch.empty(1, 1, 1, 1)] * tensors)
+
+
 # --- as a backend -----------------------------------------------------------------------------------------------------
 
 
@@ -376,87 +390,12 @@ def test_a_dtype_that_no_kernel_computes_in_moves_auto_to_the_next_by_name() -> 
         Local2D(Layer(Scan(Grid(3, 5)), 2, 4, backend="compiled"))(q, k, v)
 
 
-# --- where there is no compiler, and the cache ------------------------------------------------------------------------
-
-TINY = 'extern "C" int tiny_answer() { return 42; }\n'
-
-
-@pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """An empty cache, nothing loaded, and a source that compiles at once."""
-    sources = tmp_path / "sources"
-    sources.mkdir()
-    (sources / "simd.h").write_text("")
-    (sources / "tiny.cpp").write_text(TINY)
-    monkeypatch.setattr(compiler, "HERE", sources)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    cached = (compiler.missing, compiler._library, compiler._cache)
-    for function in cached:
-        function.cache_clear()
-    yield tmp_path / "cache" / "attnbench" / "kernels"
-    for function in cached:
-        function.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("told", "reason"), [("no-such-compiler", "no C\\+\\+ compiler found"), ("false", "failed on local2d.cpp")]
-)
-def test_without_a_compiler_auto_is_blocked_and_says_why(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, told: str, reason: str
-) -> None:
-    monkeypatch.setenv("CXX", told)
-    (compiler.HERE / "local2d.cpp").write_text("int broken(")
-    layer = Layer(Scan(Grid(3, 5)), 2, 4)
-    mixer = Local2D(layer)
-    assert mixer.backend == "blocked"
-    with pytest.raises(ValueError, match=reason):
-        Local2D(Layer(layer.scan, 2, 4, backend="compiled"))
-    assert_same(mixer, mixer.oracle, *inputs(1, 2, 15, 4))
-
-
 @needs_compiler
-def test_a_library_is_built_once_and_a_damaged_one_again(fresh: Path) -> None:
-    assert compiler.missing("tiny") is None
-    (built,) = fresh.glob("*.so")
-    before = built.stat().st_mtime_ns
-    compiler._library.cache_clear()
-    assert compiler._library("tiny").tiny_answer() == 42
-    assert built.stat().st_mtime_ns == before
-    (compiler.HERE / "tiny.cpp").write_text(TINY.replace("42", "43"))
-    compiler._library.cache_clear()
-    assert compiler._library("tiny").tiny_answer() == 43
-    (compiler.HERE / "tiny.cpp").write_text(TINY.replace("42", "44"))
-    compiler._library.cache_clear()
-    compiler._library("tiny")
-    newest = max(fresh.glob("*.so"), key=lambda path: path.stat().st_mtime_ns)
-    newest.unlink()  # never written over: this process has it mapped
-    newest.write_bytes(b"cut short")
-    (compiler.HERE / "tiny.cpp").write_text(TINY.replace("42", "44"))
-    compiler._library.cache_clear()
-    assert compiler._library("tiny").tiny_answer() == 44
-
-
-@needs_compiler
-def test_a_cache_that_cannot_be_written_is_replaced_for_the_process(fresh: Path) -> None:
-    fresh.parent.parent.mkdir(parents=True, exist_ok=True)
-    fresh.parent.write_text("a file where the folder should be")
-    assert compiler._library("tiny").tiny_answer() == 42
-    assert not fresh.exists()
-
-
-@needs_compiler
-def test_processes_that_build_at_the_same_time_all_get_a_whole_library(fresh: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from models.kernels import compiler;"
-        "compiler.HERE = Path(sys.argv[1]); print(compiler._library('tiny').tiny_answer())"
-    )
-    command = [sys.executable, "-c", code, str(compiler.HERE)]
-    running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
-        for _ in range(3)
-    ]  # fmt: skip
-    assert [process.communicate(timeout=120)[0].strip() for process in running] == ["42"] * 3
-    assert [path.suffix for path in fresh.iterdir()] == [".so"]
+@pytest.mark.parametrize("cls", [Local2D, Linear, Dense])
+def test_tensors_of_two_dtypes_are_refused(cls: type[Mixer]) -> None:
+    q, k, v = (x.detach() for x in inputs(1, 2, 15, 4))
+    with pytest.raises(ValueError, match="computes in one dtype, not in float32 and float64; take "):
+        cls(Layer(Scan(Grid(3, 5)), 2, 4, backend="compiled")).forward(q, k, v.float())
 
 
 # --- the clock --------------------------------------------------------------------------------------------------------

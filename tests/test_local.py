@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 import models
+from models import kernels
 from models.geometry import Grid, Scan, matrix
 from models.local import Local1D, Local2D
 from models.mixer import Layer, allot
@@ -74,6 +75,38 @@ def test_places_are_taken_again_only_after_their_last_use() -> None:
         assert last_use[held.get(place, slot)] < slot or place not in held
         held[place] = slot
     assert count == max(sum(s <= t <= last for s, last in enumerate(last_use)) for t in range(10))
+
+
+class Overtaken(Local2D):
+    """Whose table of who sees whom another thread replaces as soon as it was read."""
+
+    @property
+    def _seen(self) -> Any:
+        return self.__dict__.pop("kept", None)
+
+    @_seen.setter
+    def _seen(self, seen: Any) -> None:
+        self.__dict__["kept"] = seen
+
+
+def test_two_threads_may_decode_with_one_model() -> None:
+    layer, (q, k, v) = Layer(Scan(Grid(3, 5)), 2, 4), torch.randn(3, 1, 2, 1, 4)
+    outputs = []
+    for mixer in (Overtaken(layer, radius=1), Local2D(layer, radius=1)):
+        state = mixer.start(1, q)
+        outputs.append([mixer.step(q, k, v, state)[0] for _ in range(3)])
+    assert_close(*outputs)
+
+
+def test_offsets_are_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, asked = kernels.offsets, []
+    monkeypatch.setattr(kernels, "offsets", lambda *window: asked.append(window) or right(*window))  # type: ignore[func-returns-value]
+    model = models.build("local2d", height=3, width=5, vocab=4, dim=8, depth=1, heads=2, position="relbias2d")
+    if model.backend != "compiled":
+        pytest.skip("asked for by the compiled kernel alone")
+    for _ in range(2):
+        model(torch.zeros(1, 3, 5, dtype=torch.long))
+    assert asked == [(3, 5, 3)]
 
 
 @pytest.mark.parametrize(("name", "option"), [("local1d", "window"), ("local2d", "radius")])

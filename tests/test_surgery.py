@@ -296,6 +296,38 @@ def test_weights_of_another_shape_are_refused_in_one_line() -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("variant", "change", "words"),
+    [
+        ("dense1d", {}, r"position.table for 15 places wanted, and they have none"),
+        ("dense1d", {"position.table": torch.zeros(16, 8)}, r"position.table for 15 .* \(16, 8\)"),
+        ("dense2d", {"position.col": torch.zeros(5, 8)}, r"position.row for 3 places wanted, and they have none"),
+    ],
+)
+def test_weights_without_the_table_of_their_grid_are_refused(
+    variant: str, change: dict[str, torch.Tensor], words: str
+) -> None:
+    shape: dict[str, Any] = {"vocab": 5, "dim": 8, "depth": 1, "heads": 2}
+    weights = models.build(variant, height=3, width=5, **shape).state_dict()
+    foreign = {name: x for name, x in weights.items() if not name.startswith("position.")} | change
+    model: Any = models.build(variant, height=6, width=10, **shape)
+    with pytest.raises(ValueError, match=f"do not fit: {words}"):
+        load_resized(model, foreign, Scan(Grid(3, 5)))
+
+
+@pytest.mark.parametrize("one, other", [("raster", "hilbert"), ("column", "snake")])
+def test_biases_by_offset_do_not_fit_where_offsets_are_others(one: str, other: str) -> None:
+    shape: dict[str, Any] = {"vocab": 5, "dim": 8, "depth": 1, "heads": 2}
+    small, model = (
+        models.build("dense-relbias2d", height=s, width=s, scan=x, **shape) for s, x in ((3, one), (6, other))
+    )
+    with pytest.raises(ValueError, match=rf"biases by offset are of scan '{one}'.*, not of scan '{other}'"):
+        load_resized(model, small.state_dict(), small.scan)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"objective 'ar', not of .* 'bert'"):
+        bert: Any = models.build("dense-relbias2d", height=3, width=3, objective="bert", **shape)
+        load_resized(bert, small.state_dict(), Scan(Grid(3, 3)))
+
+
 def test_runs_without_likelihood_are_refused(run_of: Any, tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="no likelihood"):
         transfer.main([str(run_of("resnet")), "--sides", "4", "--out", str(tmp_path)])

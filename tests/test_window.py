@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +55,24 @@ def test_what_it_cannot_serve_is_said() -> None:
     assert kernels.window.unfit(q) == "is for CUDA, not cpu"
     if not torch.cuda.is_available():
         assert any("not installed" in reason or "no CUDA" in reason for reason in kernels.window.reasons(8))
+
+
+def test_a_launch_is_long_along_the_first_axis_only_and_reaches_no_further_than_the_grid(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CUDA's other axes end at 65,535; and each row and column that is reached for makes the kernel longer."""
+    launched: list[tuple[tuple[int, ...], int]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *given, **told: launched.append((grid, told["RADIUS"]))
+
+    monkeypatch.setitem(sys.modules, "models.kernels.window_kernels", SimpleNamespace(attend=Kernel()))
+    q = torch.zeros(70_000, 1, 6, 1)
+    kernels.window.attend(q, q, q, 2, 3, radius=50)
+    ((grid, radius),) = launched
+    assert grid[0] >= 70_000 and all(size <= 65_535 for size in grid[1:])
+    assert radius == 3
 
 
 def main() -> None:

@@ -172,7 +172,7 @@ struct Problem {
     int64_t rows, dim, width, parts;  // width: of what `project` gives, or of the MLP inside
     double eps;
     int threads;
-    int64_t blocks() const { return (rows + BLOCK - 1) / BLOCK; }
+    int64_t blocks() const { return std::max<int64_t>(1, (rows + BLOCK - 1) / BLOCK); }
 };
 
 // at: x, gain, weight, out

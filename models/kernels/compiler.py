@@ -13,6 +13,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -57,8 +58,14 @@ def unfit(*tensors: Tensor) -> str | None:
         if tensor.device.type not in ("cpu", "meta"):
             return f"is for CPU, not {tensor.device.type}"
         if tensor.dtype not in DTYPES:
-            return f"computes in float32 or float64, not {str(tensor.dtype).removeprefix('torch.')}"
+            return f"computes in float32 or float64, not {_name(tensor.dtype)}"
+    if len(dtypes := {tensor.dtype for tensor in tensors}) > 1:
+        return f"computes in one dtype, not in {' and '.join(sorted(map(_name, dtypes)))}"
     return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def call(name: str, function: str, shape: tuple[int, ...], number: float, *tensors: Tensor) -> None:
@@ -92,8 +99,8 @@ def _library(name: str) -> ctypes.CDLL:
     sources = [HERE / f"{name}.cpp", *sorted(HERE.glob("*.h"))]
     parts = [
         *(source.read_text() for source in sources),
-        _told(compiler, "--version"),
-        str((FLAGS, TRIED)),
+        _told(*compiler, "--version"),
+        str((compiler[1:], FLAGS, TRIED)),
         _processor(),
     ]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
@@ -102,20 +109,29 @@ def _library(name: str) -> ctypes.CDLL:
         try:
             return ctypes.CDLL(str(path))
         except OSError:  # damaged: made again
-            path.unlink(missing_ok=True)
-    _build(compiler, sources[0], path)
+            pass
+    try:
+        _build(compiler, sources[0], path)
+    except OSError as error:
+        raise Unavailable(f"{path.parent} cannot keep the compiled {name}: {error}; set XDG_CACHE_HOME") from None
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise Unavailable(f"the compiled {name} cannot be loaded: {error}") from None
 
 
-def _compiler() -> str:
-    wanted = os.environ.get("CXX")
-    for name in [wanted] if wanted else COMPILERS:
-        if path := shutil.which(name.split()[0]):
-            return path
-    raise Unavailable(f"no C++ compiler found (looked for {wanted or ', '.join(COMPILERS)}); install g++ or set CXX")
+def _compiler() -> list[str]:
+    """The compiler's path, and the words that CXX has beside its name."""
+    told = os.environ.get("CXX", "")
+    try:
+        wanted = shlex.split(told)
+    except ValueError as error:
+        raise Unavailable(f"CXX is no command, {told!r}: {error}") from None
+    for name, *words in [wanted] if wanted else [[name] for name in COMPILERS]:
+        if path := shutil.which(name):
+            return [path, *words]
+    looked = shlex.join(wanted) or ", ".join(COMPILERS)
+    raise Unavailable(f"no C++ compiler found (looked for {looked}); install g++ or set CXX")
 
 
 def _told(*command: str) -> str:
@@ -144,7 +160,10 @@ def _cache() -> Path:
             return base
     except (OSError, RuntimeError):
         pass
-    own = tempfile.TemporaryDirectory(prefix="attnbench-kernels-")
+    try:
+        own = tempfile.TemporaryDirectory(prefix="attnbench-kernels-")
+    except OSError as error:
+        raise Unavailable(f"no folder can keep compiled kernels: {error}; set XDG_CACHE_HOME") from None
     _kept.append(own)  # lives as long as the process
     return Path(own.name)
 
@@ -152,18 +171,18 @@ def _cache() -> Path:
 _kept: list[tempfile.TemporaryDirectory[str]] = []
 
 
-def _build(compiler: str, source: Path, path: Path) -> None:
-    said = ""
+def _build(compiler: list[str], source: Path, path: Path) -> None:
+    said, called = "", shlex.join(compiler)
     with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent) as folder:
         made = Path(folder) / path.name
         for flags in TRIED:
-            command = [compiler, *FLAGS, *flags, "-o", str(made), str(source)]
+            command = [*compiler, *FLAGS, *flags, "-o", str(made), str(source)]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
             except (OSError, subprocess.TimeoutExpired) as error:
-                raise Unavailable(f"the C++ compiler {compiler} failed: {error}") from None
+                raise Unavailable(f"the C++ compiler {called} failed: {error}") from None
             if done.returncode == 0:
                 os.replace(made, path)
                 return
             said = said or next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
-    raise Unavailable(f"the C++ compiler {compiler} failed on {source.name}: {said.strip()}")
+    raise Unavailable(f"the C++ compiler {called} failed on {source.name}: {said.strip()}")

@@ -74,7 +74,7 @@ template <typename T> struct Query {
         for (int64_t at = 0; at < dim; at += 64 / sizeof(T)) __builtin_prefetch(row(from, pitch, key) + at);
     }
 
-    // The scores of the keys from `first` on: products with q, then sums over the lanes; the last one fills up.
+    // The scores of the keys from `first` on: products with q, then sums over the lanes; beyond the last key they mean nothing.
     V scores(const T* q, const T* k, int64_t pitch, int64_t first) const {
         V parts[LANES]{};
         const T* rows[LANES];
@@ -97,7 +97,9 @@ template <typename T> struct Query {
         for (int64_t first = 0; first < count; first += LANES) {
             for (int64_t key = first; key < std::min(first + LANES, count); key++) expect(v, pitch_v, key);
             V score = scores(q, k, pitch_k, first) * scale;
-            S::store(w + first, added ? score + S::load(added + first, int(count - first)) * T(LOG2E) : score);
+            if (added) score += S::load(added + first, int(count - first)) * T(LOG2E);
+            for (int64_t lane = count - first; lane < LANES; lane++) score[lane] = -std::numeric_limits<T>::infinity();
+            S::store(w + first, score);
         }
         V most = S::load(w), mass{};
         for (int64_t key = LANES; key < count; key += LANES) most = S::max(most, S::load(w + key));
@@ -105,7 +107,6 @@ template <typename T> struct Query {
         for (int lane = 1; lane < LANES; lane++) peak = std::max(peak, most[lane]);
         for (int64_t key = 0; key < count; key += LANES) {
             V weight = S::exp2(S::load(w + key) - peak);
-            for (int64_t lane = count - key; lane < LANES; lane++) weight[lane] = 0;
             S::store(w + key, weight);
             mass += weight;
             for (int64_t lane = key; lane < std::min(key + LANES, count); lane++) expect(next, pitch_k, lane);
@@ -289,6 +290,7 @@ template <typename T, int LANES> struct Rows {
 };
 
 template <typename T> int step(const Job<T>& job) {
+    if (!job.rows) return 0;
     constexpr int FULL = WIDEST / sizeof(T), HALF = WIDEST >= 32 ? FULL / 2 : FULL;
     double work = 2.0 * job.rows * job.dim * job.width();
     for (int64_t l = job.first; l < job.stop; l++)

@@ -66,6 +66,17 @@ def decodes(x: Tensor) -> bool:
     )
 
 
+def _plain(module: Any, name: str) -> bool:
+    """Whether what the module computes with lies as the kernel reads it: a parameter of its own, or no bias.
+
+    One that is pruned or parametrized is another tensor, made anew.
+    """
+    own = module._parameters.get(name)
+    if own is None:
+        return name == "bias" and getattr(module, name) is None
+    return type(own) is Parameter and own.is_contiguous() and own.device.type == "cpu"
+
+
 class Stack:
     """A trunk's weights as the kernel reads them, where they are: changed in place they are read as they are then.
 
@@ -76,9 +87,8 @@ class Stack:
         parts = [*zip((part for block in blocks for part in block), _NAMES * len(blocks), strict=True)]
         parts += zip(head, _HEAD, strict=True)
         self._owners = [({} if m is None else m._parameters, name) for m, names in parts for name in names]
-        parameters = [p for owner, name in self._owners if (p := owner.get(name)) is not None]
-        plain = all(type(p) is Parameter and p.is_contiguous() and p.device.type == "cpu" for p in parameters)
-        dtypes = {p.dtype for p in parameters}
+        plain = all(_plain(m, name) for m, names in parts if m is not None for name in names)
+        dtypes = {p.dtype for owner, name in self._owners if (p := owner.get(name)) is not None}
         self.dtype = dtypes.pop() if plain and len(dtypes) == 1 else None
         """What x must be; none: the kernel cannot read these weights."""
         self._addresses = self._now()

@@ -306,15 +306,11 @@ template <typename T> struct Worker {
     }
 };
 
-// Calls work(worker, job) for every job; returns 1 where memory does not suffice.
-template <typename T, typename Work> int run(const Problem& p, bool backward, int threads, int64_t jobs, const Work& work) {
+// Calls work(worker, job) for every job.
+template <typename T, typename Work> void run(const Problem& p, bool backward, int threads, int64_t jobs, const Work& work) {
     threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, jobs)));
     std::vector<std::unique_ptr<Worker<T>>> workers(threads);
-    try {
-        for (auto& worker : workers) worker = std::make_unique<Worker<T>>(p, backward);
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+    for (auto& worker : workers) worker = std::make_unique<Worker<T>>(p, backward);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t job = 0; job < jobs; job++) {
 #ifdef _OPENMP
@@ -323,22 +319,21 @@ template <typename T, typename Work> int run(const Problem& p, bool backward, in
         work(*workers[0], job);
 #endif
     }
-    return 0;
 }
 
-template <typename T> int forward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
+template <typename T> void forward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
     View<T> in[3] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}}, out(at[3], strides[3]);
     int64_t images = p.batch * p.heads, blocks = (p.seq + BLOCK - 1) / BLOCK;
-    return run<T>(p, false, threads, images * blocks, [&](Worker<T>& worker, int64_t job) {
+    run<T>(p, false, threads, images * blocks, [&](Worker<T>& worker, int64_t job) {
         int64_t image = job % images, block = blocks - 1 - job / images;  // the longest first
         worker.forward(image / p.heads, image % p.heads, block * BLOCK, in, out, static_cast<T*>(at[4]), Bias<T>(at + 5));
     });
 }
 
-template <typename T> int backward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
+template <typename T> void backward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
     View<T> in[5] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}, {at[3], strides[3]}, {at[4], strides[4]}};
     View<T> grad[3] = {{at[5], strides[5]}, {at[6], strides[6]}, {at[7], strides[7]}};
-    return run<T>(p, true, threads, p.batch * p.heads, [&](Worker<T>& worker, int64_t job) {
+    run<T>(p, true, threads, p.batch * p.heads, [&](Worker<T>& worker, int64_t job) {
         T* bias_grad = at[12] ? static_cast<T*>(at[12]) + job * p.offsets : nullptr;
         worker.backward(job / p.heads, job % p.heads, in, grad, static_cast<const T*>(at[8]), Bias<T>(at + 9), bias_grad);
     });
@@ -350,11 +345,16 @@ template <typename T> int backward(const Problem& p, int threads, void** at, con
 // forward: q, k, v, out, stats (batch, heads, 2, seq); bias, target, content.
 // backward: q, k, v, gradient of out, out, dq, dk, dv, stats; bias, target, content, its gradient (batch, heads, offsets),
 //           which may be none.
-#define EXPORT(name, T, type)                                                                                       \
-    extern "C" int full_##name##_##type(const int64_t* s, double scale, int threads, void** at,                   \
-                                         const int64_t (*strides)[3]) {                                            \
-        Problem p{s[0], s[1], s[2], s[3], s[4], s[5], scale};                                                      \
-        return name<T>(p, threads, at, strides);                                                                    \
+#define EXPORT(name, T, type)                                                                   \
+    extern "C" int full_##name##_##type(const int64_t* s, double scale, int threads, void** at, \
+                                        const int64_t (*strides)[3]) {                          \
+        Problem p{s[0], s[1], s[2], s[3], s[4], s[5], scale};                                   \
+        try {                                                                                   \
+            name<T>(p, threads, at, strides);                                                   \
+        } catch (const std::bad_alloc&) {                                                       \
+            return 1;                                                                           \
+        }                                                                                       \
+        return 0;                                                                               \
     }
 EXPORT(forward, float, float32)
 EXPORT(forward, double, float64)

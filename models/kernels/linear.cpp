@@ -278,15 +278,11 @@ template <typename T> struct Worker {
     }
 };
 
-template <typename T, typename Head> int run(const Problem& p, int threads, const Head& head) {
+template <typename T, typename Head> void run(const Problem& p, int threads, const Head& head) {
     int64_t jobs = p.batch * p.heads;
     threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, jobs)));
     std::vector<std::unique_ptr<Worker<T>>> workers(threads);
-    try {
-        for (auto& worker : workers) worker = std::make_unique<Worker<T>>(p);
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+    for (auto& worker : workers) worker = std::make_unique<Worker<T>>(p);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t job = 0; job < jobs; job++) {
 #ifdef _OPENMP
@@ -296,22 +292,21 @@ template <typename T, typename Head> int run(const Problem& p, int threads, cons
 #endif
         head(worker, job / p.heads, job % p.heads);
     }
-    return 0;
 }
 
-template <typename T> int forward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
+template <typename T> void forward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
     View<T> given[4] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}, {at[3], strides[3]}};
     View<T> kept(at[5], strides[5]);
-    return run<T>(p, threads, [&](Worker<T>& worker, auto b, auto h) {
+    run<T>(p, threads, [&](Worker<T>& worker, auto b, auto h) {
         worker.forward(b, h, given, static_cast<T*>(at[4]), kept);
     });
 }
 
-template <typename T> int backward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
+template <typename T> void backward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
     View<T> in[5] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}, {at[3], strides[3]}, {at[4], strides[4]}};
     View<T> grad[3] = {{at[5], strides[5]}, {at[6], strides[6]}, {at[7], strides[7]}};
     View<T> kept(at[9], strides[9]);
-    return run<T>(p, threads, [&](Worker<T>& worker, auto b, auto h) {
+    run<T>(p, threads, [&](Worker<T>& worker, auto b, auto h) {
         worker.backward(b, h, in, grad, static_cast<const T*>(at[8]), kept);
     });
 }
@@ -321,11 +316,16 @@ template <typename T> int backward(const Problem& p, int threads, void** at, con
 // shape: batch, heads, seq, width, dim, feature, block; then the floor.  Returns 0, or 1 where memory does not suffice.
 // forward: q, k, v, out, mass (batch, heads, seq), kept (batch, heads, blocks - 1, (dim + 1)·width).
 // backward: q, k, v, gradient of out, out, dq, dk, dv, mass, kept.
-#define EXPORT(name, T, type)                                                                                       \
-    extern "C" int linear_##name##_##type(const int64_t* s, double floor, int threads, void** at,                \
-                                           const int64_t (*strides)[3]) {                                          \
-        Problem p{s[0], s[1], s[2], s[3], s[4], s[5], s[6], floor};                                                \
-        return name<T>(p, threads, at, strides);                                                                    \
+#define EXPORT(name, T, type)                                                                     \
+    extern "C" int linear_##name##_##type(const int64_t* s, double floor, int threads, void** at, \
+                                          const int64_t (*strides)[3]) {                          \
+        Problem p{s[0], s[1], s[2], s[3], s[4], s[5], s[6], floor};                               \
+        try {                                                                                     \
+            name<T>(p, threads, at, strides);                                                     \
+        } catch (const std::bad_alloc&) {                                                         \
+            return 1;                                                                             \
+        }                                                                                         \
+        return 0;                                                                                 \
     }
 EXPORT(forward, float, float32)
 EXPORT(forward, double, float64)

@@ -6,7 +6,8 @@
 //
 // Offsets are numbered 0: the start token; then key rows from `radius` above to the query's own, left to right.
 // Each may have a bias, a number for each head that is added to its scores.
-// The backward pass computes the weights again from each query's maximum and mass: O(n·dim) memory.
+// The backward pass computes the weights again from each query's maximum and mass: O(n·dim) memory, and for each thread the
+// weights and slopes of R + 1 rows of queries, 2·(R + 1)·(2R² + 2R + 1)·(width + 2R) numbers, R the radius.
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -306,15 +307,11 @@ template <typename T, int LANES> struct Worker {
     }
 };
 
-template <typename T, int LANES, typename Band> int run(const Problem& p, bool backward, int threads, const Band& band) {
+template <typename T, int LANES, typename Band> void run(const Problem& p, bool backward, int threads, const Band& band) {
     int64_t bands = p.bands(), jobs = p.batch * p.heads * bands;
     threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, jobs)));
     std::vector<std::unique_ptr<Worker<T, LANES>>> workers(threads);
-    try {
-        for (auto& worker : workers) worker = std::make_unique<Worker<T, LANES>>(p, backward);
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+    for (auto& worker : workers) worker = std::make_unique<Worker<T, LANES>>(p, backward);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t job = 0; job < jobs; job++) {
         int64_t part = job % bands, image = job / bands;
@@ -325,32 +322,30 @@ template <typename T, int LANES, typename Band> int run(const Problem& p, bool b
 #endif
         band(worker, image / p.heads, image % p.heads, part * p.height / bands, (part + 1) * p.height / bands, job);
     }
-    return 0;
 }
 
 template <typename T> const T* bias_of(const Problem& p, const void* bias, int64_t head) {
     return bias ? static_cast<const T*>(bias) + head * p.all() : nullptr;
 }
 
-template <typename T, int LANES> int forward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
+template <typename T, int LANES> void forward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
     View<T> q(at[0], strides[0]), k(at[1], strides[1]), v(at[2], strides[2]), out(at[3], strides[3]);
-    return run<T, LANES>(p, false, threads, [&](Worker<T, LANES>& worker, auto b, auto h, auto from, auto to, auto) {
+    run<T, LANES>(p, false, threads, [&](Worker<T, LANES>& worker, auto b, auto h, auto from, auto to, auto) {
         worker.set_bias(bias_of<T>(p, at[5], h));
         worker.forward(b, h, from, to, q, k, v, out, static_cast<T*>(at[4]));
     });
 }
 
-template <typename T, int LANES> int backward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
+template <typename T, int LANES> void backward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
     View<T> in[5] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}, {at[3], strides[3]}, {at[4], strides[4]}};
     View<T> grad[3] = {{at[5], strides[5]}, {at[6], strides[6]}, {at[7], strides[7]}};
     int64_t bands = p.bands();
     std::vector<T> starts(p.batch * p.heads * bands * 2 * p.dim), biases(at[9] ? p.batch * p.heads * bands * p.all() : 0);
-    int failed = run<T, LANES>(p, true, threads, [&](Worker<T, LANES>& worker, auto b, auto h, auto from, auto to, auto job) {
+    run<T, LANES>(p, true, threads, [&](Worker<T, LANES>& worker, auto b, auto h, auto from, auto to, auto job) {
         worker.set_bias(bias_of<T>(p, at[9], h));
         worker.backward(b, h, from, to, in, grad, static_cast<const T*>(at[8]), starts.data() + job * 2 * p.dim,
                         at[9] ? biases.data() + job * p.all() : nullptr);
     });
-    if (failed) return failed;
     for (int64_t image = 0; image < p.batch * p.heads; image++)
         for (int kind = 0; kind < 2; kind++)
             for (int64_t d = 0; d < p.dim; d++) {
@@ -362,7 +357,6 @@ template <typename T, int LANES> int backward(const Problem& p, int threads, voi
     std::fill(bias_grad, bias_grad + (at[9] ? p.heads * p.all() : 0), T(0));
     for (int64_t job = 0; at[9] && job < p.batch * p.heads * bands; job++)
         for (int64_t i = 0; i < p.all(); i++) bias_grad[job / bands % p.heads * p.all() + i] += biases[job * p.all() + i];
-    return 0;
 }
 
 // Images no wider than half a vector take half vectors.
@@ -374,11 +368,17 @@ template <typename T> constexpr int LANES = WIDEST / sizeof(T);
 // shape: batch, heads, height, width, dim, radius; then the scale of the scores.  Returns 0, or 1 where memory does not suffice.
 // forward: q, k, v, out, stats (batch, heads, 2, pixels), bias (heads, offsets) or null.
 // backward: q, k, v, gradient of out, out, dq, dk, dv, stats, bias, gradient of the bias.
-#define EXPORT(name, T, type)                                                                                \
-    extern "C" int local2d_##name##_##type(const int64_t* s, double scale, int threads, void** at,        \
-                                            const int64_t (*strides)[3]) {                                  \
-        Problem p{s[0], s[1], s[2], s[3], s[4], s[5], scale};                                               \
-        return narrow<T>(p) ? name<T, LANES<T> / 2>(p, threads, at, strides) : name<T, LANES<T>>(p, threads, at, strides); \
+#define EXPORT(name, T, type)                                                                      \
+    extern "C" int local2d_##name##_##type(const int64_t* s, double scale, int threads, void** at, \
+                                           const int64_t (*strides)[3]) {                          \
+        Problem p{s[0], s[1], s[2], s[3], s[4], s[5], scale};                                      \
+        try {                                                                                      \
+            if (narrow<T>(p)) name<T, LANES<T> / 2>(p, threads, at, strides);                      \
+            else name<T, LANES<T>>(p, threads, at, strides);                                       \
+        } catch (const std::bad_alloc&) {                                                          \
+            return 1;                                                                              \
+        }                                                                                          \
+        return 0;                                                                                  \
     }
 EXPORT(forward, float, float32)
 EXPORT(forward, double, float64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from math import prod
 from typing import Any
 
 import torch
@@ -43,12 +44,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, radius: int
 
     float32, bfloat16 or float16, summed in float32.  The result lies in memory as (batch, seq, heads, head_dim).
     """
-    return _Window.apply(q, k, v, height, width, radius)
+    reach = min(radius, max(height, width))  # a radius beyond the grid is as good as the grid's
+    return _Window.apply(q, k, v, height, width, reach)
 
 
-def _grid(q: Tensor, height: int, width: int) -> tuple[int, int]:
-    """Patches, and heads of all images."""
-    return -(-height // TALL) * -(-width // WIDE), q.shape[0] * q.shape[1]
+def _parts(q: Tensor, height: int, width: int) -> tuple[int, int]:
+    """Heads of all images, and patches: programs stand in that order along one axis, as CUDA's others end at 65,535."""
+    return q.shape[0] * q.shape[1], -(-height // TALL) * -(-width // WIDE)
 
 
 @cache
@@ -72,7 +74,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, radius: i
 
     out, mass = _shapes(q, k, v, height, width, radius)
     told = _settings(q.shape[3], q.shape[1], radius, q.dtype)
-    kernel[_grid(q, height, width)](
+    kernel[(prod(_parts(q, height, width)),)](
         q, k, v, out, mass, *_steps(q, k, v, out), height, width, q.shape[3] ** -0.5, **told
     )
     return out, mass
@@ -91,8 +93,9 @@ def _backward(
 
     grad, q, k, v = (dense(x) for x in (grad, q, k, v))
     dq, dk, dv = like(q), like(k), like(v)
-    agreement, grid = torch.empty_like(mass), _grid(q, height, width)
-    start_dk, start_dv = mass.new_empty(2, grid[1], grid[0], q.shape[3])
+    agreement, parts = torch.empty_like(mass), _parts(q, height, width)
+    start_dk, start_dv = mass.new_empty(2, *parts, q.shape[3])
+    grid = (prod(parts),)
     told = height, width, q.shape[3] ** -0.5
     settings = _settings(q.shape[3], q.shape[1], radius, q.dtype)
     queries[grid](

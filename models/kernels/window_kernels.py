@@ -18,10 +18,11 @@ import triton.language as tl
 
 
 @triton.jit
-def _patch(HEADS: tl.constexpr, width, TALL: tl.constexpr, WIDE: tl.constexpr):
+def _patch(HEADS: tl.constexpr, height, width, TALL: tl.constexpr, WIDE: tl.constexpr):
     """Image, head, the first row and column of this program's patch, and the row and column of each of its pixels."""
     across = tl.cdiv(width, WIDE)
-    patch, head = tl.program_id(0), tl.program_id(1)
+    patches = tl.cdiv(height, TALL) * across
+    patch, head = tl.program_id(0) % patches, tl.program_id(0) // patches
     top, left, index = patch // across * TALL, patch % across * WIDE, tl.arange(0, TALL * WIDE)
     return (head // HEADS).to(tl.int64), head % HEADS, top, left, top + index // WIDE, left + index % WIDE
 
@@ -62,7 +63,7 @@ def attend(
     height, width, scale, HEADS: tl.constexpr, RADIUS: tl.constexpr, dim: tl.constexpr, DIM: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, REACH: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    image, head, top, left, row, col = _patch(HEADS, width, TALL, WIDE)
+    image, head, top, left, row, col = _patch(HEADS, height, width, TALL, WIDE)
     slot, inside = row * width + col, (row < height) & (col < width)
     query = _rows(q, image, head, slot, inside, qi, qh, qs, dim, DIM)
     start_k, start_v = _start(k, image, head, ki, kh, dim, DIM), _start(v, image, head, vi, vh, dim, DIM)
@@ -97,7 +98,7 @@ def queries(
     TALL: tl.constexpr, WIDE: tl.constexpr, REACH: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Of a patch: its queries' gradients, grad·out of each, and its part of the start token's gradients."""
-    image, head, top, left, row, col = _patch(HEADS, width, TALL, WIDE)
+    image, head, top, left, row, col = _patch(HEADS, height, width, TALL, WIDE)
     slot, inside = row * width + col, (row < height) & (col < width)
     query = _rows(q, image, head, slot, inside, qi, qh, qs, dim, DIM)
     given = _rows(grad, image, head, slot, inside, gi, gh, gs, dim, DIM)
@@ -113,7 +114,7 @@ def queries(
     weight = tl.where(inside, weight, 0.0)
     slope = weight * (tl.sum(wide_given * start_v[None, :], 1) - agree) * scale
     channel = tl.arange(0, DIM)
-    part = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * dim + channel
+    part = tl.program_id(0).to(tl.int64) * dim + channel
     tl.store(start_dk + part, tl.sum(slope[:, None] * wide_query, 0), mask=channel < dim)
     tl.store(start_dv + part, tl.sum(weight[:, None] * wide_given, 0), mask=channel < dim)
     sums = slope[:, None] * start_k[None, :]
@@ -141,7 +142,7 @@ def keys(
     TALL: tl.constexpr, WIDE: tl.constexpr, REACH: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the keys and values that hold a patch's pixels."""
-    image, head, top, left, key_row, key_col = _patch(HEADS, width, TALL, WIDE)
+    image, head, top, left, key_row, key_col = _patch(HEADS, height, width, TALL, WIDE)
     holder = key_row * width + key_col + 1
     held = (key_row < height) & (key_col < width) & (holder < height * width)
     key = _rows(k, image, head, holder, held, ki, kh, ks, dim, DIM)
