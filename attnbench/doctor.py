@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from attnbench.cli import command, parse
+from attnbench import cli
 from attnbench.config import Settings, threads
 from attnbench.errors import Refusal
 
@@ -177,10 +177,10 @@ def _plain(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-@command
+@cli.command
 def main(argv: list[str] | None = None) -> int:
     """The command; exit status 1 where something that attnbench always needs is missing."""
-    config = parse(DoctorConfig, argv, prog="attnbench.doctor")
+    config = cli.parse(DoctorConfig, argv, prog="attnbench.doctor")
     console = Console()
     sections = {"machine": machine, "torch": torch_rows, "compilers": compilers, "packages": packages}
     missing = False

@@ -127,7 +127,7 @@ def test_nothing_overflows_a_narrow_screen(browser: Browser, pages: dict[str, Pa
             assert page.locator(part).first.evaluate("(one) => one.getBoundingClientRect().left") >= 12, "no margin"
 
 
-def test_tables_sort_by_number_both_ways_and_keep_what_was_not_run_last(
+def test_tables_sort_by_number_both_ways_and_keep_what_was_not_measured_last(
     browser: Browser, pages: dict[str, Path]
 ) -> None:
     with Visit(browser, pages["study"]) as page:
@@ -139,10 +139,10 @@ def test_tables_sort_by_number_both_ways_and_keep_what_was_not_run_last(
             head = page.locator("#runs thead th").nth(place)
             assert head.get_attribute("aria-sort") == direction
             cells = column(page, "runs", place)
-            numbers = [float(text.replace(",", "")) for text in cells if text != "not run"]
+            numbers = [float(text.replace(",", "")) for text in cells if text != "not measured"]
             assert len(numbers) > 10
             assert numbers == sorted(numbers, reverse=reverse)
-            assert set(cells[len(numbers) :]) == {"not run"}
+            assert set(cells[len(numbers) :]) == {"not measured"}
         assert page.locator("#runs thead th[aria-sort]").count() == 1
 
 
