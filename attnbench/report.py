@@ -91,7 +91,7 @@ def _beforehand(rules: Declared, judged: list[Any], runs: Any) -> list[str]:
     for name, (since, changes) in rules.since.items():
         used = {id for verdict in judged if verdict.suite == name for id in verdict.ids}
         older = sum(made[id] < since for id in used)
-        changed = f", when they were changed for the {changes}. time" if changes else ""
+        changed = f", after {changes} change{'s' if changes > 1 else ''}" if changes else ""
         judges = f"{older} of the {len(used)} runs that they judge are older" if used else "they judge no run yet"
         notes.append(f"Suite {name}: its rules have stood as they are since {since}{changed}; {judges}.")
     return notes

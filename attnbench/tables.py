@@ -70,15 +70,19 @@ def likelihoods(rows: pd.DataFrame) -> np.ndarray:
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """Every setting in every context, one row: seeds, likelihood and probe with intervals, costs as medians.
+    """Every setting in every context, one row: seeds, likelihood and probe with intervals, costs.
 
-    Costs are those of any learning rate: they do not depend on it, and not every run measures them.
+    Costs are the latest that were measured, at any learning rate: they do not depend on it, but on the code.
     """
     rows = [_summary_row(context, setting, own) for context, setting, own in groups(finished(runs))]
     if not rows:
         return pd.DataFrame()
-    well = runs[runs["status"] == "ok"].groupby(["context", "setting"])
-    costs = well[["parameters", *COSTS, "training_flops", "seconds"]].median()
+    well = runs[runs["status"] == "ok"]
+    when = pd.Series(
+        [str(frame.part(record, "environment").get("time")) for record in well["record"]], index=well.index
+    )
+    latest = well.loc[when.sort_values(kind="stable").index].groupby(["context", "setting"])
+    costs = latest[["parameters", *COSTS, "training_flops", "seconds"]].last()  # of each figure that is there
     costs["rates_tried"] = runs.groupby(["context", "setting"])["lr"].nunique()
     table = pd.DataFrame(rows).merge(costs.reset_index(), on=["context", "setting"])
     table["commit"] = table.pop("commit")

@@ -344,9 +344,7 @@ def test_rules_that_were_changed_later_are_told_of(tmp_path: Path) -> None:
     sweep.declare(whole.model_copy(update={"rules": ()}), tmp_path)
     (tmp_path / "suites" / "broken.json").write_text("{")
     text = page_of(made(tmp_path)).text
-    assert re.search(
-        r"Suite quick: .* since \d{4}-\S+, when they were changed for the 1. time; they judge no run", text
-    )
+    assert re.search(r"Suite quick: .* since \d{4}-\S+, after 1 change; they judge no run", text)
     assert "broken.json is no suite" in text
 
 

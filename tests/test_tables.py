@@ -74,8 +74,10 @@ def test_radii_are_lines_of_their_own_and_a_window_of_the_sequence_is_no_radius(
 def test_what_a_setting_costs_is_known_from_any_of_its_rates() -> None:
     """The rate that validation chose was not measured; another was, and no step of training costs more at a rate."""
     chosen = [synthetic.one("local2d", s, nats=1.2) for s in range(3)]
-    measured = synthetic.one("local2d", 0, lr=1e-2, nats=1.6, cost=True)
-    (row,) = tables.front(framed(*chosen, measured)).to_dict("records")
+    older, measured = (synthetic.one("local2d", s, lr=1e-2, nats=1.6, cost=True) for s in (1, 0))
+    for year, done in ((2025, older), (2026, measured)):
+        done["environment"]["time"] = f"{year}-01-01T00:00:00+00:00"
+    (row,) = tables.front(framed(*chosen, measured, older)).to_dict("records")
     assert row["train_peak_bytes"] == measured["metrics"]["train_peak_bytes"]
     assert row["lr"] == 5e-3 and row["rates_tried"] == 2
     tried = tables.tuning(framed(*chosen, measured, *[done | {"id": done["id"] + "x"} for done in chosen]))
