@@ -37,7 +37,7 @@ def costs(results: Path) -> pd.DataFrame:
                 "sides": _span([point["side"] for point in curve.points]),
                 "n": min(point["n"] for point in curve.points),
                 "exponent": fit and fit.value, "exponent_low": fit and fit.low, "exponent_high": fit and fit.high,
-                "exponent_last": curve.last,
+                "last_exponent": curve.last,
                 "ratio_to_baseline": ratio and ratio.median, "ratio_at_side": ratio and ratio.side,
                 "cheaper_from_side": curve.cheaper_from, "machine": machine, "threads": threads,
             })  # fmt: skip

@@ -125,10 +125,11 @@ def _colours(count: int) -> Any:
     return [*ten, *(tuple(0.55 * part for part in colour) for colour in ten)][:count]
 
 
-def _legend(axes: Any) -> None:
+def _legend(axes: Any, columns: int = 3, size: int = 9) -> None:
     if axes.get_legend_handles_labels()[0]:
         # Below the axes: beside them, the letters of both would be too small on a phone.
-        axes.legend(title="", loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=3, fontsize=9, columnspacing=1.0)
+        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.16), "columnspacing": 1.0}
+        axes.legend(title="", ncols=columns, fontsize=size, **below)
 
 
 def _leading(runs: pd.DataFrame) -> pd.DataFrame:
@@ -142,16 +143,16 @@ def _leading(runs: pd.DataFrame) -> pd.DataFrame:
 def likelihood_against_cost(axes: Any, runs: pd.DataFrame) -> str | None:
     """Nats per token against peak memory of training, or FLOPs where no memory was measured: a colour for each family,
     a number for each setting of the Pareto front. Settings whose memory was not measured are left out by name."""
-    front = tables.front(runs)
-    if front.empty:
+    table = tables.summary(tables.leading(runs))
+    if table.empty:
         return None
-    measured = front["train_peak_bytes"].notna().sum() > 1
+    measured = table["train_peak_bytes"].notna().sum() > 1
     column, scale, label = (
         ("train_peak_bytes", 2**20, "training memory at peak (MiB)")
         if measured
         else ("train_flops_per_image", 1e9, "training cost (GFLOPs/image)")
     )
-    means = front.dropna(subset=[column]).set_index("setting").assign(nats=lambda rows: rows["nats_per_token"])
+    means = table.dropna(subset=[column]).set_index("setting").assign(nats=lambda rows: rows["nats_per_token"])
     if means.empty:
         return None
     means = means.assign(cost=means[column] / scale, low=means["nats_per_token_low"], high=means["nats_per_token_high"])
@@ -174,7 +175,7 @@ def likelihood_against_cost(axes: Any, runs: pd.DataFrame) -> str | None:
         axes.set_xscale("log")
     _legend(axes)
     points = "; ".join(f"{name} {row['nats']:.3f} nats at {row['cost']:.4g}" for name, row in means.iterrows())
-    absent = [str(name) for name in front["setting"] if name not in means.index]
+    absent = [str(name) for name in table["setting"] if name not in means.index]
     left_out = f" Not measured, so not here: {', '.join(absent)}." if absent else ""
     best_of = ", ".join(map(str, best.index))
     return f"Dotted and numbered: those that none beats in both, which are {best_of}. {points}.{left_out}"
@@ -278,8 +279,7 @@ def by_cut(axes: Any, results: Path) -> str | None:
     axes.axhline(0, color=INK, linewidth=0.6, linestyle=":")
     axes.set(xlabel="radius or window that is left (pixels)", ylabel="cost of the cut (nats/token)")
     axes.set_xticks(sorted(cuts["reach"].unique()))
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(title="", loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=1, fontsize=8)
+    _legend(axes, columns=1, size=8)
     return "Nats per token that the cut costs, by what is left. " + "; ".join(told) + "."
 
 

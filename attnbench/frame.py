@@ -40,6 +40,7 @@ KEYS = (
     "context",
     "cell",
     "chosen",
+    "time",
     "record",
 )
 COLUMNS = (*RUN, *METRICS, *DERIVED, *KEYS)
@@ -185,6 +186,7 @@ def _row(record: Record) -> dict[str, Any]:
         "context": context(record),
         "cell": f"{setting(record)}|{context_key(record)}",
         "chosen": True,
+        "time": str(part(record, "environment").get("time") or ""),
         "record": record,
     }
     row["steps"] = row["steps"] if row["steps"] is not None else number(part(config, "train").get("steps"))
@@ -334,8 +336,8 @@ def _twice(runs: pd.DataFrame) -> pd.Series:
     Of an own attention's versions the latest counts.
     """
     known = runs[runs["status"] == "ok"].sort_values("train_peak_bytes", kind="stable", na_position="last")
-    own = [str(part(record, "environment").get("time")) if record.get("code") else "" for record in known["record"]]
-    known = known.assign(own=own).sort_values("own", kind="stable", ascending=False)
+    own = np.array([bool(record.get("code")) for record in known["record"]], dtype=bool)
+    known = known.assign(own=known["time"].where(own, "")).sort_values("own", kind="stable", ascending=False)
     repeated = known.duplicated(["cell", "lr", "seed"])
     return repeated.reindex(runs.index, fill_value=False)
 

@@ -93,7 +93,7 @@ COLUMNS: dict[str, Column] = {
     "last_exponent_train_peak_bytes": Column("of memory, two largest sides", "{:.2f}".format),
     "gap_nats_per_token": Column("what its field cannot know (nats/token)", "{:.4f}".format),
     "exponent": Column("exponent", "{:.2f}".format),
-    "exponent_last": Column("exponent, two largest sides", "{:.2f}".format),
+    "last_exponent": Column("exponent, two largest sides", "{:.2f}".format),
     "ratio_to_baseline": Column("times the baseline's at the largest side", "{:.3g}".format),
     "cheaper_from_side": Column("cheaper than the baseline from side"),
     "step_cheaper_from_side": Column("training step cheaper from side"),

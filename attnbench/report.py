@@ -86,7 +86,7 @@ def _beforehand(rules: Declared, judged: list[Any], runs: Any) -> list[str]:
     """Of each swept suite, since when its rules have stood, and how many of the runs that they judge are older."""
     from attnbench import frame
 
-    made = {str(row.id): str(frame.part(row.record, "environment").get("time") or "") for row in frame.rows(runs)}
+    made = {str(row.id): str(row.time) for row in frame.rows(runs)}
     notes = []
     for name, (since, changes) in rules.since.items():
         used = {id for verdict in judged if verdict.suite == name for id in verdict.ids}

@@ -119,7 +119,7 @@ def _growth(results: Path, here: Path) -> Iterator[str]:
         costs[(costs["scope"] == scope) & (costs["cost"] == cost)].set_index("setting")
         for scope, cost in (("attention", "backward"), ("step", "training"), ("attention", "decoding"))
     )
-    shown = ["sides", "exponent", "exponent_low", "exponent_high", "exponent_last", "ratio_to_baseline"]
+    shown = ["sides", "exponent", "exponent_low", "exponent_high", "last_exponent", "ratio_to_baseline"]
     table = passes[shown].sort_values("exponent")
     table["step_cheaper_from_side"] = step["cheaper_from_side"]
     table["decoding_cheaper_from_side"] = decoding["cheaper_from_side"]

@@ -51,6 +51,12 @@ def leading_context(runs: pd.DataFrame) -> str | None:
     return max(sizes, key=lambda context: sizes[context])
 
 
+def leading(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of the leading context, but for those that ended well without a likelihood."""
+    without = runs["nats_per_token"].isna() & (runs["status"] == "ok")
+    return runs[(runs["context"] == leading_context(runs)) & ~without]
+
+
 def groups(known: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """(context, setting, its runs of distinct seeds), in order of appearance."""
     distinct = known.drop_duplicates(["context", "setting", "seed"])
@@ -77,11 +83,8 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
     rows = [_summary_row(context, setting, own) for context, setting, own in groups(finished(runs))]
     if not rows:
         return pd.DataFrame()
-    well = runs[runs["status"] == "ok"]
-    when = pd.Series(
-        [str(frame.part(record, "environment").get("time")) for record in well["record"]], index=well.index
-    )
-    latest = well.loc[when.sort_values(kind="stable").index].groupby(["context", "setting"])
+    well = runs[runs["status"] == "ok"].sort_values("time", kind="stable")
+    latest = well.groupby(["context", "setting"])
     costs = latest[["parameters", *COSTS, "training_flops", "seconds"]].last()  # of each figure that is there
     costs["rates_tried"] = runs.groupby(["context", "setting"])["lr"].nunique()
     table = pd.DataFrame(rows).merge(costs.reset_index(), on=["context", "setting"])
@@ -115,10 +118,9 @@ def _nan(value: float | None) -> float:
 
 def front(runs: pd.DataFrame) -> pd.DataFrame:
     """Every setting of the leading context, one row: what it wins, what it costs, and which are Pareto-optimal."""
-    context = leading_context(runs)
-    if context is None:
+    beside = leading(runs)
+    if beside.empty:
         return pd.DataFrame()
-    beside = runs[(runs["context"] == context) & ~(runs["nats_per_token"].isna() & (runs["status"] == "ok"))]
     table = summary(beside).drop(columns=["context"])
     own = {setting: by_seed(rows) for _, setting, rows in groups(finished(beside))}
     order = table["setting"].tolist()
@@ -205,9 +207,8 @@ def exponents(runs: pd.DataFrame) -> pd.DataFrame:
         row: dict[str, Any] = {"setting": setting, "sides": own["tokens"].nunique(), "seeds": own["seed"].nunique()}
         last = own[own["tokens"].isin(sorted(own["tokens"].unique())[-2:])]
         for name in ("seconds_per_image", "train_peak_bytes"):
-            row |= _figure(f"exponent_{name}", _slopes(own, name)) | _figure(
-                f"last_exponent_{name}", _slopes(last, name)
-            )
+            row |= _figure(f"exponent_{name}", _slopes(own, name))
+            row |= _figure(f"last_exponent_{name}", _slopes(last, name))
         row |= _figure("exponent_state_bytes_per_image", _slopes(own, "state_bytes_per_image"))
         rows.append(row | {"context": frame.context(own["record"].iloc[0], ("side",))})
     return pd.DataFrame(rows)

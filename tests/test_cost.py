@@ -398,7 +398,7 @@ def test_the_report_has_a_table_of_the_cells(tmp_path: Path) -> None:
     assert list(table["machine"]) == list("AAAB") and list(table["threads"]) == [1, 1, 2, 1]
     first, twice = table.iloc[0], table.iloc[2]
     assert first["sides"] == twice["sides"] == "16–128" and first["exponent"] == pytest.approx(1.0)
-    assert first["exponent_last"] == pytest.approx(1.0)
+    assert first["last_exponent"] == pytest.approx(1.0)
     assert first["ratio_to_baseline"] == 50 / 128 and (first["ratio_at_side"], twice["ratio_at_side"]) == (128, 64)
     assert (first["cheaper_from_side"], twice["cheaper_from_side"]) == ("50 (49 to 51)", "50 (no range)")
     assert list(table["n"]) == [3, 3, 1, 3]

@@ -6,7 +6,6 @@
 // The gradients of weights are summed in as many parts as the shape alone says, and with it all rounding.
 #include <cmath>
 #include <memory>
-#include <new>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -255,16 +254,10 @@ template <typename T> void finish_backward(const Problem& p, T** at) {
 
 }  // namespace
 
-// shape: rows, dim, width, parts of the rows; then the norm's eps; whole tensors.  Returns 0, or 1 where memory does not
-// suffice.
-#define EXPORT(name, T, type)                                                                                       \
-    extern "C" int block_##name##_##type(const int64_t* s, double eps, int threads, void** at, const int64_t*) {   \
-        try {                                                                                                        \
-            name<T>({s[0], s[1], s[2], s[3], eps, threads}, reinterpret_cast<T**>(at));                              \
-        } catch (const std::bad_alloc&) {                                                                            \
-            return 1;                                                                                                \
-        }                                                                                                            \
-        return 0;                                                                                                    \
+// shape: rows, dim, width, parts of the rows; then the norm's eps; whole tensors.
+#define EXPORT(name, T, type)                                                                                    \
+    extern "C" int block_##name##_##type(const int64_t* s, double eps, int threads, void** at, const int64_t*) { \
+        return guarded([&] { name<T>({s[0], s[1], s[2], s[3], eps, threads}, reinterpret_cast<T**>(at)); });     \
     }
 EXPORT(project_forward, float, float32)
 EXPORT(project_forward, double, float64)

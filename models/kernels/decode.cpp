@@ -5,7 +5,6 @@
 // Threads share out the images and meet only at the end; rounding does not depend on how many there are.
 #include <algorithm>
 #include <cmath>
-#include <new>
 #include <vector>
 
 #include "simd.h"
@@ -209,7 +208,7 @@ template <typename T, int LANES> struct Rows {
     }
 
     // Puts keys and values in their place and attends; projected (rows, 3, dim), mixed (rows, dim).
-    int attend(const Kept<T>& kept, T* projected, T* mixed) const {
+    void attend(const Kept<T>& kept, T* projected, T* mixed) const {
         const int64_t dim = job.dim, head_dim = dim / job.heads, *ks = kept.k_strides, *vs = kept.v_strides;
         // Every number is read for the sake of two FLOPs, so that each takes longer than in a product.
         int busy = int(std::max<int64_t>(1, std::min<int64_t>(threads, 16 * rows * dim * kept.count / WORTH)));
@@ -227,16 +226,14 @@ template <typename T, int LANES> struct Rows {
             T* v = kept.v + (begin + row) * vs[0] + head * vs[1];
             std::copy_n(q + dim, head_dim, k + kept.place * ks[2]);
             std::copy_n(q + 2 * dim, head_dim, v + kept.place * vs[2]);
-            try {
+            if (guarded([&] {
                 const T* next = head + 1 < job.heads ? k + ks[1] : k + ks[0] - head * ks[1];
                 Query<T>(kept.places, kept.count, head_dim)
                     .run(q, k, v, next, ks[2], vs[2], added, T(LOG2E / std::sqrt(double(head_dim))),
                          mixed + row * dim + head * head_dim);
-            } catch (const std::bad_alloc&) {
-                failed = 1;
-            }
+            })) failed = 1;
         }
-        return failed;
+        if (failed) throw std::bad_alloc();
     }
 
     // x + mixed outᵀ, and from there x + down(gelu(up(norm(x)))), where gelu(u) is u·σ(1.702u); mixed lies turned
@@ -253,7 +250,7 @@ template <typename T, int LANES> struct Rows {
         product(layer.down, job.dim, layer.wide, inside, x, added);
     }
 
-    int run() const {
+    void run() const {
         const int64_t dim = job.dim;
         int64_t widest = std::max(3 * dim, job.width());
         for (int64_t l = std::max<int64_t>(job.first - 1, 0); l < job.stop; l++) widest = std::max(widest, job.layers[l].wide);
@@ -270,7 +267,7 @@ template <typename T, int LANES> struct Rows {
             norm(x, layer.gain, T(layer.eps), normed);
             product(layer.qkv, 3 * dim, normed, inside);
             turn_back(inside, 3 * dim, projected);
-            if (attend(job.kept[l], projected, mixed)) return 1;
+            attend(job.kept[l], projected, mixed);
             turn(mixed, dim, turned);
             finish(layer, turned, x, normed, inside);
         }
@@ -285,7 +282,6 @@ template <typename T, int LANES> struct Rows {
             turn_back(x, dim, job.stream + begin * dim);
         }
         turn_back(inside, job.width(), job.out + begin * job.width());
-        return 0;
     }
 };
 
@@ -302,19 +298,17 @@ template <typename T> int step(const Job<T>& job) {
     for (int64_t group = 0; group < groups; group++) {
         int64_t begin = group * each, rows = std::min(each, job.rows - begin);
         if (rows <= 0) continue;
-        try {
+        if (guarded([&] {
             // Half the lanes take half the time, or as much, on all but the widest machines.
-            if (rows <= HALF ? Rows<T, HALF>(job, begin, rows, threads).run() : Rows<T, FULL>(job, begin, rows, threads).run())
-                failed = 1;
-        } catch (const std::bad_alloc&) {
-            failed = 1;
-        }
+            if (rows <= HALF) Rows<T, HALF>(job, begin, rows, threads).run();
+            else Rows<T, FULL>(job, begin, rows, threads).run();
+        })) failed = 1;
     }
     return failed;
 }
 
 }  // namespace
 
-// Returns 0, or 1 where memory does not suffice.
+// Both return what guarded does: 1 where memory does not suffice.
 extern "C" int decode_step_float32(const void* job) { return step(*static_cast<const Job<float>*>(job)); }
 extern "C" int decode_step_float64(const void* job) { return step(*static_cast<const Job<double>*>(job)); }

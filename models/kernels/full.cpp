@@ -12,7 +12,6 @@
 // load of the table, or one sum into the table's gradient.
 #include <algorithm>
 #include <memory>
-#include <new>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -341,7 +340,7 @@ template <typename T> void backward(const Problem& p, int threads, void** at, co
 
 }  // namespace
 
-// shape: batch, heads, seq, dim, causal, offsets; then the scale of scores.  Returns 0, or 1 where memory does not suffice.
+// shape: batch, heads, seq, dim, causal, offsets; then the scale of scores.
 // forward: q, k, v, out, stats (batch, heads, 2, seq); bias, target, content.
 // backward: q, k, v, gradient of out, out, dq, dk, dv, stats; bias, target, content, its gradient (batch, heads, offsets),
 //           which may be none.
@@ -349,12 +348,7 @@ template <typename T> void backward(const Problem& p, int threads, void** at, co
     extern "C" int full_##name##_##type(const int64_t* s, double scale, int threads, void** at, \
                                         const int64_t (*strides)[3]) {                          \
         Problem p{s[0], s[1], s[2], s[3], s[4], s[5], scale};                                   \
-        try {                                                                                   \
-            name<T>(p, threads, at, strides);                                                   \
-        } catch (const std::bad_alloc&) {                                                       \
-            return 1;                                                                           \
-        }                                                                                       \
-        return 0;                                                                               \
+        return guarded([&] { name<T>(p, threads, at, strides); });                              \
     }
 EXPORT(forward, float, float32)
 EXPORT(forward, double, float64)

@@ -11,7 +11,6 @@
 // so that the backward pass reads each block once, the last block first.  Tiles fetch the next block while they compute.
 #include <algorithm>
 #include <memory>
-#include <new>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -313,19 +312,14 @@ template <typename T> void backward(const Problem& p, int threads, void** at, co
 
 }  // namespace
 
-// shape: batch, heads, seq, width, dim, feature, block; then the floor.  Returns 0, or 1 where memory does not suffice.
+// shape: batch, heads, seq, width, dim, feature, block; then the floor.
 // forward: q, k, v, out, mass (batch, heads, seq), kept (batch, heads, blocks - 1, (dim + 1)·width).
 // backward: q, k, v, gradient of out, out, dq, dk, dv, mass, kept.
 #define EXPORT(name, T, type)                                                                     \
     extern "C" int linear_##name##_##type(const int64_t* s, double floor, int threads, void** at, \
                                           const int64_t (*strides)[3]) {                          \
         Problem p{s[0], s[1], s[2], s[3], s[4], s[5], s[6], floor};                               \
-        try {                                                                                     \
-            name<T>(p, threads, at, strides);                                                     \
-        } catch (const std::bad_alloc&) {                                                         \
-            return 1;                                                                             \
-        }                                                                                         \
-        return 0;                                                                                 \
+        return guarded([&] { name<T>(p, threads, at, strides); });                                \
     }
 EXPORT(forward, float, float32)
 EXPORT(forward, double, float64)

@@ -10,7 +10,6 @@
 // weights and slopes of R + 1 rows of queries, 2·(R + 1)·(2R² + 2R + 1)·(width + 2R) numbers, R the radius.
 #include <algorithm>
 #include <memory>
-#include <new>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -365,20 +364,17 @@ template <typename T> constexpr int LANES = WIDEST / sizeof(T);
 
 }  // namespace
 
-// shape: batch, heads, height, width, dim, radius; then the scale of the scores.  Returns 0, or 1 where memory does not suffice.
+// shape: batch, heads, height, width, dim, radius; then the scale of the scores.
 // forward: q, k, v, out, stats (batch, heads, 2, pixels), bias (heads, offsets) or null.
 // backward: q, k, v, gradient of out, out, dq, dk, dv, stats, bias, gradient of the bias.
 #define EXPORT(name, T, type)                                                                      \
     extern "C" int local2d_##name##_##type(const int64_t* s, double scale, int threads, void** at, \
                                            const int64_t (*strides)[3]) {                          \
         Problem p{s[0], s[1], s[2], s[3], s[4], s[5], scale};                                      \
-        try {                                                                                      \
+        return guarded([&] {                                                                       \
             if (narrow<T>(p)) name<T, LANES<T> / 2>(p, threads, at, strides);                      \
             else name<T, LANES<T>>(p, threads, at, strides);                                       \
-        } catch (const std::bad_alloc&) {                                                          \
-            return 1;                                                                              \
-        }                                                                                          \
-        return 0;                                                                                  \
+        });                                                                                        \
     }
 EXPORT(forward, float, float32)
 EXPORT(forward, double, float64)

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <utility>
 
 #if defined(__AVX512F__)
@@ -111,3 +112,13 @@ template <typename T> struct View {
         : data(static_cast<T*>(at)), batch(strides[0]), head(strides[1]), slot(strides[2]) {}
     T* at(int64_t b, int64_t h) const { return data + b * batch + h * head; }
 };
+
+// What every kernel returns: 0, or 1 where memory does not suffice, for no exception may leave it.
+template <typename Work> int guarded(Work work) {
+    try {
+        work();
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
