@@ -109,12 +109,17 @@ def _beside(replicas: Any) -> Iterator[str]:
 
 
 def _growth(results: Path, here: Path) -> Iterator[str]:
-    """How the cost of each attention grows, and from which side it is below the baseline's; needs cost cells."""
+    """How the cost of each attention grows, and from which side it is below the baseline's; needs cost cells.
+
+    Of several machines or numbers of threads, those that most was measured with.
+    """
     from attnbench import afterwards, tables
 
     costs = afterwards.costs(results)
     if costs.empty:
         return
+    costs = max((rows for _, rows in costs.groupby(["machine", "threads"], dropna=False)), key=len)
+    machine, threads = costs[["machine", "threads"]].iloc[0]
     passes, step, decoding = (
         costs[(costs["scope"] == scope) & (costs["cost"] == cost)].set_index("setting")
         for scope, cost in (("attention", "backward"), ("step", "training"), ("attention", "decoding"))
@@ -125,8 +130,8 @@ def _growth(results: Path, here: Path) -> Iterator[str]:
     table["decoding_cheaper_from_side"] = decoding["cheaper_from_side"]
     yield (
         "How the cost of attention's backward pass grows with the number of pixels, and from which side a whole "
-        f"training step and decoding cost less than with {tables.baseline()}; measured by turns with it, "
-        f"[every cost apart]({here}/report/costs.md):"
+        f"training step and decoding cost less than with {tables.baseline()}; measured by turns with it "
+        f"({machine}, threads: {threads:.0f}), [every cost apart]({here}/report/costs.md):"
     )
     yield ""
     yield from _markdown(table.reset_index())

@@ -11,6 +11,7 @@ import numpy as np
 
 from attnbench import record
 from attnbench.config import RunConfig
+from attnbench.cost import ROOM as COSTS
 
 IMAGES = 40
 FAMILIES = {"dense1d": "dense", "dense-none": "dense", "dense2d": "dense", "local1d": "local", "local2d": "local",
@@ -104,3 +105,19 @@ def study(seeds: int = 5) -> list[dict[str, Any]]:
         for v, side, s in itertools.product(("dense1d", "local2d", "linear"), (8, 16, 32), range(min(seeds, 3)))
     ]
     return quality + early + cost
+
+
+def cost_cell(
+    folder: Path, variant: str, side: int, seconds: float, machine: str = "A", status: str = "ok", n: int = 3,
+    threads: int = 1, against: bool = True, phase: str = "forward", **model: Any,
+) -> None:  # fmt: skip
+    """Writes a cost cell of attention in which one phase took so long, 50 / side of what the baseline took."""
+    spread = {"median": seconds, "low": seconds, "high": seconds, "n": n}
+    ratio = {"ratio": spread | {"median": 50 / side, "low": 49 / side, "high": 51 / side}} if against else {}
+    found: dict[str, Any] = {
+        "id": f"{variant}-{side}-{machine}-{threads}-{len(model)}", "kind": "cost", "variant": variant,
+        "scope": "attention", "side": side, "tokens": side**2, "status": status,
+        "environment": {"cpu": machine, "threads": threads}, "config": {"model": model},
+        "metrics": {"peak_bytes": None, "phases": {phase: {"own": spread, **ratio}} if status == "ok" else {}},
+    }  # fmt: skip
+    record.write(folder, found, room=COSTS)

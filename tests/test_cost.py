@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from attnbench import afterwards, cost, curves, duel, measure, record
 from attnbench.config import RunConfig
 from attnbench.cost import CostConfig
 from attnbench.errors import Refusal
+from tests import synthetic_records as synthetic
 from tests.timing import LONG, ratio
 
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits are Linux's")
@@ -370,23 +372,7 @@ def test_exponents_and_crossovers_come_from_records() -> None:
 def test_the_report_has_a_table_of_the_cells(tmp_path: Path) -> None:
     """A row a cost; another shape, backend or machine is another row, and what did not fit is none."""
 
-    def kept(
-        variant: str, side: int, seconds: float, machine: str = "A", status: str = "ok", n: int = 3, threads: int = 1,
-        against: bool = True, **model: Any,
-    ) -> None:  # fmt: skip
-        spread = {"median": seconds, "low": seconds, "high": seconds, "n": n}
-        ratio = {"ratio": spread | {"median": 50 / side, "low": 49 / side, "high": 51 / side}} if against else {}
-        phases = {"forward": {"own": spread, **ratio}} if status == "ok" else {}
-        found: dict[str, Any] = {
-            "id": f"{variant}-{side}-{machine}-{threads}-{len(model)}",
-            "kind": "cost",
-            "variant": variant,
-        }
-        found |= {"scope": "attention", "side": side, "tokens": side**2, "status": status}
-        found |= {"environment": {"cpu": machine, "threads": threads}}
-        found |= {"config": {"model": model}, "metrics": {"peak_bytes": None, "phases": phases}}
-        record.write(tmp_path, found, room=cost.ROOM)
-
+    kept = functools.partial(synthetic.cost_cell, tmp_path)
     for side in (16, 32, 64, 128):
         kept("linear", side, 1e-6 * side**2)
         kept("linear", side, 1e-6 * side**2, threads=2, n=1, against=side < 128)
