@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 import models
-from attnbench import record, suite, verdicts
+from attnbench import experiment, frame, record, suite, verdicts
 from attnbench.config import RunConfig
 from attnbench.errors import Refusal
 
@@ -46,23 +47,28 @@ def test_every_claim_has_a_rule_in_quick_and_in_reference() -> None:
 
 @pytest.mark.parametrize("name", suite.names())
 def test_the_rules_of_a_suite_can_be_met_by_its_own_cells(name: str) -> None:
-    """Every side of every pair selects cells of the suite: a rule that nothing can satisfy decides nothing."""
-    from attnbench import frame
-
+    """Every side of every pair selects cells of the suite, of which those of two sides differ in nothing but what the
+    rule names: one that nothing can satisfy decides nothing."""
     whole = suite.load(name)
+    configs = [experiment.resolve(cell.config) for cell in suite.cells(whole, KNOWN, BASE)]
     records = [
-        {"config": cell.config.identity(), "variant": cell.config.variant, "backend": None,
-         "family": KNOWN[cell.config.variant], "seed": cell.config.seed,
-         "data": {"name": cell.config.data.name, "height": cell.config.data.side or 8}}
-        for cell in suite.cells(whole, KNOWN, BASE)
+        {"config": config.identity(), "variant": config.variant, "backend": None, "family": KNOWN[config.variant],
+         "seed": config.seed, "data": {"name": config.data.name, "height": config.data.side or 8}}
+        for config in configs
     ]  # fmt: skip
     for rule in whole.rules:
+        judged = [record for record in records if frame.matches(record, rule.where)]
         for pair in rule.pairs:
-            for side in (pair.these, pair.those):
-                if side is not None:
-                    found = [r for r in records if frame.matches(r, rule.where) and frame.matches(r, side)]
-                    assert found, f"{rule.claim}: {suite.shown(side)}"
-                    assert len({r["seed"] for r in found}) > 1, f"{rule.claim}: {suite.shown(side)} has one seed"
+            sides = [side for side in (pair.these, pair.those) if side is not None]
+            free = {*itertools.chain(*sides), *verdicts.FREE[rule.equal]} - {"variant"}
+            found = [
+                {(frame.context_key(record, free), record["seed"]) for record in judged if frame.matches(record, side)}
+                for side in sides
+            ]
+            shared = set.intersection(*found)
+            told = f"{rule.claim}: {' against '.join(suite.shown(side) for side in sides)}"
+            assert shared, told
+            assert len({seed for _, seed in shared}) > 1, f"{told} has one seed"
 
 
 def test_corrections_that_rules_name_exist() -> None:
