@@ -128,8 +128,9 @@ def _colours(count: int) -> Any:
 def _legend(axes: Any, columns: int = 3, size: int = 9) -> None:
     if axes.get_legend_handles_labels()[0]:
         # Below the axes: beside them, the letters of both would be too small on a phone.
-        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.16), "columnspacing": 1.0}
-        axes.legend(title="", ncols=columns, fontsize=size, **below)
+        axes.legend(
+            title="", ncols=columns, fontsize=size, loc="upper center", bbox_to_anchor=(0.45, -0.16), columnspacing=1.0
+        )
 
 
 def _leading(runs: pd.DataFrame) -> pd.DataFrame:

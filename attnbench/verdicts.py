@@ -28,7 +28,7 @@ CSV = ("claim", "verdict", "effect", "low", "high", "rule")
 EQUAL = 0.05
 """Budgets are equal that differ by no more than this share: steps are whole numbers."""
 EQUALLY = {"flops": "training_flops", "seconds": "seconds", "bytes": "train_peak_bytes"}
-FREE: dict[str, set[str]] = {
+_FREE: dict[str, set[str]] = {
     "steps": set(),
     "flops": {"train.steps", "train.warmup"},
     "seconds": {"train.steps", "train.warmup"},
@@ -228,7 +228,7 @@ Kind = Callable[[pd.DataFrame, Rule, Pair], tuple[pd.DataFrame, tuple[str, ...]]
 def contrast(runs: pd.DataFrame, rule: Rule, pair: Pair) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """These minus those (of logarithms, for a ratio), paired by seed, and by test image where the figure allows it."""
     these, those = frame.select(runs, rule.where, pair.these), frame.select(runs, rule.where, pair.those or {})
-    couples = _couples(these, those, rule, pair)
+    couples = coupled(these, those, rule, pair)
     if not couples:
         absent = [shown(name) for name, some in ((pair.these, these), (pair.those or {}, those)) if some.empty]
         raise NotRun(f"not run: {' and '.join(absent)}" if absent else "run under different settings or seeds only")
@@ -245,9 +245,14 @@ def contrast(runs: pd.DataFrame, rule: Rule, pair: Pair) -> tuple[pd.DataFrame, 
     return values, tuple(id for a, b in couples for id in (a.id, b.id))
 
 
-def _couples(these: pd.DataFrame, those: pd.DataFrame, rule: Rule, pair: Pair) -> list[tuple[Any, Any]]:
+def free(rule: Rule, pair: Pair) -> set[str]:
+    """The settings in which the two sides of a pair may differ."""
+    return {*pair.these, *(pair.those or {}), *_FREE[rule.equal]} - {"variant"}
+
+
+def coupled(these: pd.DataFrame, those: pd.DataFrame, rule: Rule, pair: Pair) -> list[tuple[Any, Any]]:
     """Runs of the same seed in the same context; of several contexts, the one with most seeds, then most steps."""
-    without = {*pair.these, *(pair.those or {}), *FREE[rule.equal]} - {"variant"}
+    without = free(rule, pair)
     others: dict[tuple[str, float], list[Any]] = {}
     for row in frame.rows(those):
         others.setdefault((frame.context_key(row.record, without), row.seed), []).append(row)

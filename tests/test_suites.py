@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def test_the_rules_of_a_suite_can_be_met_by_its_own_cells(name: str) -> None:
         judged = [record for record in records if frame.matches(record, rule.where)]
         for pair in rule.pairs:
             sides = [side for side in (pair.these, pair.those) if side is not None]
-            free = {*itertools.chain(*sides), *verdicts.FREE[rule.equal]} - {"variant"}
+            free = verdicts.free(rule, pair)
             found = [
                 {(frame.context_key(record, free), record["seed"]) for record in judged if frame.matches(record, side)}
                 for side in sides

@@ -136,7 +136,7 @@ def test_both_sides_of_a_comparison_were_tuned_alike() -> None:
             continue
         for pair in rule.pairs:
             these, those = (frame.select(runs, rule.where, side or {}) for side in (pair.these, pair.those))
-            couples = verdicts._couples(these, those, rule, pair)
+            couples = verdicts.coupled(these, those, rule, pair)
             cells = runs.set_index("id")["cell"]
             tried = {(rates[cells[a.id]], rates[cells[b.id]]) for a, b in couples}
             unlike += [(rule.claim, pair.text(), found) for found in tried if found[0] != found[1]]
