@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from attnbench import afterwards, frame, stats, tables
+from attnbench.pictures import raster
 
 INK = "#010203"  # stands for the colour of the page's text until the SVG is written
 MOST_LINES = 7
@@ -70,7 +71,7 @@ def _picture(drawing: Drawing, given: pd.DataFrame | Path, png: bool) -> Picture
             alt = drawing.draw(axes, given)
             if alt is None:
                 return None
-            picture = _raster(figure) if png else None
+            picture = raster(figure, bbox_inches="tight", facecolor="white") if png else None
             return Picture(drawing.key, drawing.claim, drawing.title, alt, _vector(figure, drawing.key), picture)
         finally:
             plt.close(figure)
@@ -97,12 +98,6 @@ def _style(key: str) -> Iterator[Any]:
         plt.rc_context({**ink, **plain}),
     ):
         yield plt
-
-
-def _raster(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight", facecolor="white")
-    return buffer.getvalue()
 
 
 def _vector(figure: Any, key: str) -> str:

@@ -1,8 +1,9 @@
-"""Sheets of images as PNG."""
+"""PNG files: sheets of images, and figures."""
 
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,13 @@ def completions(truth: Pixels, completed: Pixels, shown: NDArray[np.bool_]) -> b
     return sheet([given, completed, truth])
 
 
+def raster(figure: Any, **options: Any) -> bytes:
+    """PNG of a figure of matplotlib, saved with these options, in 256 colours: a third of the bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, **options)
+    return _bytes(Image.open(buffer).convert("RGB").quantize(256))
+
+
 def _rgb(images: Pixels) -> Pixels:
     return images.repeat(3, axis=-1) if images.shape[-1] == 1 else images
 
@@ -57,6 +65,10 @@ def _png(pixels: Pixels) -> bytes:
     if len(colours) <= 256:
         picture = Image.fromarray(numbers.reshape(pixels.shape[:2]).astype(np.uint8), mode="P")
         picture.putpalette(b"".join(int(colour).to_bytes(3, "big") for colour in colours))
+    return _bytes(picture)
+
+
+def _bytes(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

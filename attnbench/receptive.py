@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from attnbench.checks import Subject, distinct_tokens
+from attnbench.pictures import raster
 
 SIDE = 15
 DEPTH = 4
@@ -47,7 +47,6 @@ def picture(subject: Subject) -> bytes:
         axis.set_yticks([])
         axis.set_facecolor("#e9edf4")
     figure.suptitle(f"{subject.name}: which pixels the marked one depends on", fontsize=11)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    drawn = raster(figure)
     plt.close(figure)
-    return buffer.getvalue()
+    return drawn

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -27,6 +28,20 @@ def test_a_sheet_keeps_every_colour(colours: int) -> None:
     with Image.open(io.BytesIO(pictures.sheet([images]))) as read:
         drawn = np.asarray(read.convert("RGB"))[pictures.GAP :, pictures.GAP :]
     assert np.array_equal(drawn[: pictures.EDGE, : pictures.EDGE], images[0])
+
+
+def test_a_figure_in_256_colours_looks_the_same_in_half_the_bytes() -> None:
+    figure = Figure(figsize=(4, 3))
+    axes = figure.subplots()
+    axes.imshow(np.arange(225).reshape(15, 15), cmap="viridis")
+    axes.plot([0, 14], [0, 14], color="crimson")
+    axes.set_title("which pixels the marked one depends on")
+    whole, small = io.BytesIO(), pictures.raster(figure, facecolor="white")
+    figure.savefig(whole, format="png", dpi=120, facecolor="white")
+    want, got = (np.asarray(Image.open(one).convert("RGB"), dtype=int) for one in (whole, io.BytesIO(small)))
+    assert got.shape == want.shape
+    assert np.abs(got - want).mean() < 0.5
+    assert len(small) < len(whole.getvalue()) / 2
 
 
 @pytest.mark.parametrize("scan", ["raster", "column", "hilbert"])
