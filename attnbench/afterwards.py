@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from attnbench import cost, curves, record
-from attnbench.frame import number, part
+from attnbench.frame import number, part, place
 
 
 def costs(results: Path) -> pd.DataFrame:
@@ -25,9 +25,7 @@ def costs(results: Path) -> pd.DataFrame:
     known = [done for done in record.read_all(results, cost.ROOM)[0] if done.get("status") == "ok"]
     machines: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
     for done in known:
-        where = part(done, "environment")
-        machine = str(where.get("gpu") or where.get("cpu") or "unknown")
-        machines.setdefault((machine, number(where.get("threads"))), []).append(done)
+        machines.setdefault(place(done), []).append(done)
     rows = []
     for (machine, threads), cells in machines.items():
         for curve in curves.curves(cells):

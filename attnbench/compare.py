@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -88,7 +88,7 @@ METRICS = (
 
 def compare(before: Path, after: Path, config: CompareConfig) -> tuple[list[Row], list[str]]:
     """Every figure that both folders have, and a line for every run that is lost. Raises Refusal if none is shared."""
-    from attnbench import frame, tables
+    from attnbench import frame
 
     old, new = ({done["id"]: done for done in _read(folder)} for folder in (before, after))
     shared = [name for name in old if name in new]
@@ -103,11 +103,21 @@ def compare(before: Path, after: Path, config: CompareConfig) -> tuple[list[Row]
     runs = frame.frame([old[name] for name in both])
     rows = [
         row
-        for context, setting, own in tables.groups(runs)
+        for setting, context, names in _settings(runs)
         for metric in METRICS
-        if (row := _row(metric, config, setting, context, [(old[name], new[name]) for name in own["id"]])) is not None
+        if (row := _row(metric, config, setting, context, [(old[name], new[name]) for name in names])) is not None
     ]
     return rows, lost
+
+
+def _settings(runs: Any) -> Iterator[tuple[str, str, list[str]]]:
+    """(setting, context, ids) of all runs: a setting at every rate that was tried, the rate said where there are some.
+
+    The frame's choice of a rate is of no use here: it may have been another before.
+    """
+    for (context, setting), tries in runs.groupby(["context", "setting"], sort=False):
+        for lr, own in tries.groupby("lr", sort=False, dropna=False):
+            yield f"{setting} lr={lr:g}" if tries["lr"].nunique() > 1 else str(setting), str(context), list(own["id"])
 
 
 def _read(folder: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -44,9 +45,11 @@ def rival_label(record: dict[str, Any]) -> str:
 def series(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
     """(label, scope, phase or "memory") -> its points: side, tokens, cost, n, ratio to the baseline (Ratio or None).
 
-    n: how many turns the cost is the median of.
+    n: how many turns the cost is the median of. A time is the ratio to the baseline, taken by turns, times what the
+    baseline takes in the median of all the cells that it was timed in, so that what slowed both leaves no trace.
     """
     base = RunConfig().variant
+    usual = _usual(records)
     peaks = {(label(r), r["scope"], r["side"]): r["metrics"]["peak_bytes"] for r in records if r["variant"] == base}
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for r in records:
@@ -54,13 +57,28 @@ def series(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list
         for phase, timings in r["metrics"].get("phases", {}).items():
             told = timings.get("ratio")
             ratio = told and Ratio(r["side"], told["median"], *quartiles(told))
-            point = place | {"cost": timings["own"]["median"], "n": timings["own"]["n"], "ratio": ratio}
+            times = 1.0 if name == rival_label(r) else told and told["median"]
+            other = usual.get((rival_label(r), r["scope"], r["side"], phase))
+            cost = other * times if other and times else timings["own"]["median"]
+            point = place | {"cost": cost, "n": timings["own"]["n"], "ratio": ratio}
             found.setdefault((name, r["scope"], phase), []).append(point)
         peak, other = r["metrics"]["peak_bytes"], peaks.get((rival_label(r), r["scope"], r["side"]))
         if peak and peak > 0:
             share = Ratio(r["side"], peak / other, None, None) if other and r["variant"] != base else None
             found.setdefault((name, r["scope"], "memory"), []).append(place | {"cost": peak, "n": 1, "ratio": share})
     return found
+
+
+def _usual(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, int, str], float]:
+    """What each baseline takes, by (label, scope, side, phase): the median over the cells that it was timed in."""
+    found: dict[tuple[str, str, int, str], list[float]] = {}
+    for r in records:
+        side = "own" if label(r) == rival_label(r) else "baseline"
+        for phase, timings in r["metrics"].get("phases", {}).items():
+            if side in timings:
+                key = rival_label(r), r["scope"], r["side"], phase
+                found.setdefault(key, []).append(timings[side]["median"])
+    return {key: statistics.median(times) for key, times in found.items()}
 
 
 def quartiles(timing: dict[str, Any]) -> tuple[float | None, float | None]:

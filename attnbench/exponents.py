@@ -26,8 +26,9 @@ class Exponent:
 class Crossover:
     """The side from which on a cost is below the baseline's: `side`, and the range that the quartiles leave open.
 
-    side is None where it is not within the measured sides: `always` below, or never. `low` and `high` are measured
-    sides or interpolated ones; None beyond the measured. `ranged`: whether there is a range at all.
+    side is None where it is not within the measured sides: `always` below, or never; it is interpolated. `low` and
+    `high` are measured sides, for nobody knows what lies between two; None beyond the measured. `ranged`: whether there
+    is a range at all.
     """
 
     side: float | None
@@ -88,8 +89,8 @@ def last_exponent(tokens: Sequence[float], costs: Sequence[float]) -> float | No
 def crossover(ratios: Sequence[Ratio]) -> Crossover:
     """Where the ratio falls below 1 for good, between measured sides along a line in (log side, log ratio).
 
-    The range is where the quartiles' lines cross: the lower quartile's first, the upper one's last; there is none
-    where a ratio has no quartiles.
+    The range is from the last measured side before the lower quartile's line crosses to the first one after the upper
+    quartile's does; there is none where a ratio has no quartiles.
     """
     points = sorted(ratios, key=lambda ratio: ratio.side)
     if points and all(point.median < 1 for point in points):
@@ -101,7 +102,13 @@ def crossover(ratios: Sequence[Ratio]) -> Crossover:
     highs = [(p.side, p.high) for p in points if p.high is not None]
     if min(len(lows), len(highs)) < len(points):
         return Crossover(side, None, None, ranged=False)
-    return Crossover(side, _falls_below(lows), _falls_below(highs))
+    low, high = _falls_below(lows), _falls_below(highs)
+    sides = [point.side for point in points]
+    return Crossover(
+        side,
+        None if low is None else max(one for one in sides if one <= low),
+        None if high is None else min(one for one in sides if one >= high),
+    )
 
 
 def _falls_below(points: Sequence[tuple[float, float]]) -> float | None:

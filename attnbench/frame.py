@@ -168,6 +168,12 @@ def part(record: Mapping[str, Any], key: str) -> Record:
     return value if isinstance(value, dict) else {}
 
 
+def place(record: Record) -> tuple[str, float | None]:
+    """Where it was timed: the machine, and its number of threads."""
+    where = part(record, "environment")
+    return str(where.get("gpu") or where.get("cpu") or "unknown"), number(where.get("threads"))
+
+
 def _row(record: Record) -> dict[str, Any]:
     config, data, metrics = part(record, "config"), part(record, "data"), part(record, "metrics")
     height, width = number(data.get("height")), number(data.get("width"))

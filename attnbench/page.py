@@ -96,8 +96,9 @@ COLUMNS: dict[str, Column] = {
     "last_exponent": Column("exponent, two largest sides", "{:.2f}".format),
     "ratio_to_baseline": Column("times the baseline's at the largest side", "{:.3g}".format),
     "cheaper_from_side": Column("cheaper than the baseline from side"),
+    "step_sides": Column("sides of the step"),
     "step_cheaper_from_side": Column("training step cheaper from side"),
-    "decoding_cheaper_from_side": Column("decoding cheaper from side"),
+    "decoding_cheaper_from_side": Column("attention's decoding cheaper from side"),
     "row_start_nats": Column("nats at row starts", "{:.4f}".format),
     "first_row_nats": Column("nats in the first row", "{:.4f}".format),
     "interior_nats": Column("nats inside", "{:.4f}".format),
@@ -114,6 +115,7 @@ COLUMNS: dict[str, Column] = {
     "seconds": Column("seconds of training", _count),
     "lr": Column("learning rate", "{:g}".format),
     "rates_tried": Column("rates tried", _count),
+    "largest_rate": Column("the largest was best"),
     "pareto": Column("Pareto-optimal"),
 }
 
@@ -277,15 +279,15 @@ def cards(found: Iterable[Verdict]) -> list[dict[str, Any]]:
 def _statement(verdict: Verdict) -> dict[str, Any]:
     return {
         "claim": verdict.claim, "suite": verdict.suite, "says": verdict.rule.says, "verdict": verdict.verdict,
-        "effect": effect_text(verdict), "rule": verdict.rule.text(), "why": verdict.why,
+        "metric": verdict.rule.metric, "effect": effect_text(verdict), "rule": verdict.rule.text(), "why": verdict.why,
         "parts": [(part.label, part.why_not or interval_text(verdict, part.found)) for part in verdict.parts],
         "correction": verdict.correction if verdict.verdict == "misstated" else None,
         "bar": bar(verdict), "threshold": _signed(verdict, verdict.rule.threshold), "records": len(verdict.ids),
     }  # fmt: skip
 
 
-UNITS = {"nats_per_token": " nats/token", "row_start_nats": " nats/token", "probe_accuracy_best": " accuracy",
-         "parameters": " parameters"}  # fmt: skip
+UNITS = {"nats_per_token": " nats/token", "regret_nats_per_token": " nats/token", "row_start_nats": " nats/token",
+         "probe_accuracy_best": " accuracy", "parameters": " parameters"}  # fmt: skip
 
 
 def effect_text(verdict: Verdict) -> str:

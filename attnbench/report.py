@@ -40,8 +40,8 @@ class Declared:
 
     suites: list[Any]
     notes: list[str]
-    since: dict[str, tuple[str, int]]
-    """By the name of a swept suite: when its rules were first declared as they are, and how often they were changed."""
+    since: dict[tuple[str, str], str]
+    """By the name of a swept suite and a claim: since when what its rule judges has stood as it is."""
     swept: tuple[str, ...] = ()
     """Names of the suites that were swept here, without those that another of them includes."""
 
@@ -63,12 +63,14 @@ def declared(results: Path) -> Declared:
             found.setdefault(one.name, []).append((str(told["declared"]), one))
         except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
             notes.append(f"{path.name} is no suite that can be read ({type(error).__name__}); its rules are left out.")
-    suites, since = [], dict[str, tuple[str, int]]()
-    for name, versions in sorted(found.items()):
+    for versions in found.values():
         versions.sort(key=lambda version: version[0])
-        suites.append(versions[-1][1])
-        others = {json.dumps(one.model_dump(mode="json")["rules"]) for _, one in versions}
-        since[name] = min(when for when, one in versions if one.rules == suites[-1].rules), len(others) - 1
+    suites = [versions[-1][1] for _, versions in sorted(found.items())]
+    since = {
+        (one.name, rule.claim): min(when for versions in found.values() if (when := _stands_since(rule, versions)))
+        for one in suites
+        for rule in one.rules
+    }
     suites = [_own_rules(one, suites) for one in suites]
     included = {name for one in suites for name in one.includes}
     swept = {one.name for one in suites} | included
@@ -82,18 +84,40 @@ def _own_rules(one: Any, suites: list[Any]) -> Any:
     return one.model_copy(update={"rules": tuple(rule for rule in one.rules if rule not in known)})
 
 
+def _stands_since(rule: Any, versions: list[tuple[str, Any]]) -> str:
+    """When the last unbroken row of a suite's declarations begins that judge by this rule; "" if the last does not.
+
+    In whatever words, and in whatever suite: one that includes others declares their rules too.
+    """
+    since = ""
+    for when, one in reversed(versions):
+        if _judges(rule) not in map(_judges, one.rules):
+            break
+        since = when
+    return since
+
+
+def _judges(rule: Any) -> Any:
+    return rule.model_copy(update={"says": "", "correction": None})
+
+
 def _beforehand(rules: Declared, judged: list[Any], runs: Any) -> list[str]:
-    """Of each swept suite, since when its rules have stood, and how many of the runs that they judge are older."""
+    """Of each swept suite, which of its rules were declared, or changed, after runs that they judge were made."""
     from attnbench import frame
 
     made = {str(row.id): str(row.time) for row in frame.rows(runs)}
     notes = []
-    for name, (since, changes) in rules.since.items():
-        used = {id for verdict in judged if verdict.suite == name for id in verdict.ids}
-        older = sum(made[id] < since for id in used)
-        changed = f", after {changes} change{'s' if changes > 1 else ''}" if changes else ""
-        judges = f"{older} of the {len(used)} runs that they judge are older" if used else "they judge no run yet"
-        notes.append(f"Suite {name}: its rules have stood as they are since {since}{changed}; {judges}.")
+    for name in dict.fromkeys(name for name, _ in rules.since):
+        used = {v.claim: v.ids for v in judged if v.suite == name and v.ids}
+        older = {claim: sum(made[id] < rules.since[name, claim] for id in ids) for claim, ids in used.items()}
+        late = [
+            f"{claim} since {rules.since[name, claim]}, {count} of its {len(used[claim])} runs older"
+            for claim, count in older.items()
+            if count
+        ]
+        stood = f"{len(used) - len(late)} of the {len(used)} rules that judge runs stood before all of them"
+        before = stood if used else "its rules judge no run yet"
+        notes.append(f"Suite {name}: {before}" + (f"; but {'; '.join(late)}." if late else "."))
     return notes
 
 

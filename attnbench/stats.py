@@ -60,7 +60,13 @@ class Interval:
         return Interval(**{**self.__dict__, **ends})
 
 
-def interval(values: Values, level: float = 0.95, resamples: int = RESAMPLES, exact: bool = False) -> Interval:
+def interval(
+    values: Values,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    exact: bool = False,
+    images: tuple[float, int] = (0, 0),
+) -> Interval:
     """Interval for the mean of `values` (seeds, units) by a hierarchical bootstrap: seeds, then units within them.
 
     The same test images serve every seed, so a resample draws seeds and images crosswise. With few seeds the plain
@@ -69,6 +75,9 @@ def interval(values: Values, level: float = 0.95, resamples: int = RESAMPLES, ex
     error meets a t quantile whose degrees of freedom combine both levels (Satterthwaite, 1946). One seed, or seeds that
     all read the same (counts do, when few are counted), leave the spread between seeds unknown: no interval, unless the
     figure is `exact`, the same for every seed by definition.
+
+    `images`: where a seed's value is of so many test images that are not told apart, its standard error by them, and
+    their number.
 
     Raises ValueError on an empty table.
     """
@@ -82,6 +91,7 @@ def interval(values: Values, level: float = 0.95, resamples: int = RESAMPLES, ex
     if seeds < 2 or np.ptp(values) == 0:
         return Interval(mean, None, None, math.nan, math.nan, math.nan, math.nan, seeds, units, level)
     by_seed, by_unit = _errors(values, resamples)
+    by_unit, units = (by_unit, units) if units > 1 else (images[0], max(1, images[1]))
     error = math.hypot(by_seed, by_unit)
     freedom = _freedom((by_seed, seeds), (by_unit, units))
     found = Interval(mean, mean, mean, error, by_seed, by_unit, freedom, seeds, units, level)

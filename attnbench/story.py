@@ -47,9 +47,10 @@ def text(results: Path, suite: str, root: Path) -> str:
         *(_verdict(card) for card in cards),
         "",
         f"Every setting in the context that most were run in ({tables.leading_context(runs)}). ± is half of the 95 % "
-        "interval over seeds and test images; a rank is a range where intervals do not separate; Pareto-optimal is "
-        f"what no other row matches in {page.compared(front)} and beats in one. A setting with more learning rates "
-        "tried had more chances:",
+        "interval over seeds and test images; the rank is the range of places that the significant differences "
+        f"leave open; Pareto-optimal means that no other row is as good in {page.compared(front)} and better in one, "
+        "by the estimates alone. A setting with more learning rates tried had more chances; where the largest was the "
+        "best, a larger one may be better:",
         "",
         *_table(front),
         "",
@@ -67,16 +68,24 @@ def text(results: Path, suite: str, root: Path) -> str:
 
 def _verdict(card: dict[str, Any]) -> str:
     """A claim, its verdict and its numbers in a sentence."""
-    first = card["statements"][0]
-    why = f"; {first['why']}" if first["why"] and first["bar"] else ""
-    wrong = [s["correction"] for s in card["statements"] if s["correction"] and s is not first]
-    parts = "".join(f" Misstated in part: “{c['quote']}”. {c['truth']}" for c in wrong[:1])
-    return (
-        f"- **{card['claim']}, “{card['title']}”: {card['verdict']}.** {first['says']}: {first['effect']}{why}.{parts}"
-    )
+    first, *others = card["statements"]
+    wrong = [s["correction"] for s in others if s["correction"]]
+    unlike = [
+        s for s in others
+        if s["claim"] != first["claim"] and not s["correction"] and s["bar"] and s["verdict"] != first["verdict"]
+    ]  # fmt: skip
+    unlike.sort(key=lambda s: s["metric"] != first["metric"])  # what says otherwise of the same figure comes first
+    parts = [f"{first['says']}: {_effect(first)}."]
+    parts += [f"A further statement is {s['verdict']}: “{s['says']}”: {_effect(s)}." for s in unlike[:1]]
+    parts += [f"Misstated in part: “{c['quote']}”. {c['truth']}" for c in wrong[:1]]
+    return f"- **{card['claim']}, “{card['title']}”: {card['verdict']}.** {' '.join(parts)}"
 
 
-COLUMNS = ("setting", "rank", "seeds", "lr", "rates_tried", "nats_per_token", "probe_accuracy_best",
+def _effect(statement: dict[str, Any]) -> str:
+    return statement["effect"] + (f"; {statement['why']}" if statement["why"] and statement["bar"] else "")
+
+
+COLUMNS = ("setting", "rank", "seeds", "lr", "rates_tried", "largest_rate", "nats_per_token", "probe_accuracy_best",
            "train_flops_per_image", "train_peak_bytes", "state_bytes_per_image", "pareto")  # fmt: skip
 
 
@@ -99,9 +108,9 @@ def _beside(replicas: Any) -> Iterator[str]:
     """Runs beside published models that they share everything but the attention and the budget with."""
     if not replicas.empty:
         yield (
-            "With the data, tokens, shape and batch of a published model, by validation loss; ± is the sampling of "
-            "images, of which the validation loss has few. Optimiser, rate and steps are ours; only rows with "
-            "as many parameters as the baseline differ in nothing but the attention:"
+            "With the data, tokens, shape and batch of a published model, by validation loss; ± is the sampling of its "
+            "images alone, not of seeds. Optimiser, rate and steps are ours: rows that have these three and the "
+            "parameters in common differ in nothing but the attention, and no others:"
         )
         yield ""
         yield from _markdown(replicas)
@@ -113,7 +122,7 @@ def _growth(results: Path, here: Path) -> Iterator[str]:
 
     Of several machines or numbers of threads, those that most was measured with.
     """
-    from attnbench import afterwards, tables
+    from attnbench import afterwards, curves, tables
 
     costs = afterwards.costs(results)
     if costs.empty:
@@ -126,12 +135,14 @@ def _growth(results: Path, here: Path) -> Iterator[str]:
     )
     shown = ["sides", "exponent", "exponent_low", "exponent_high", "last_exponent", "ratio_to_baseline"]
     table = passes[shown].sort_values("exponent")
-    table["step_cheaper_from_side"] = step["cheaper_from_side"]
+    table["step_sides"], table["step_cheaper_from_side"] = step["sides"], step["cheaper_from_side"]
     table["decoding_cheaper_from_side"] = decoding["cheaper_from_side"]
     yield (
-        "How the cost of attention's backward pass grows with the number of pixels, and from which side a whole "
-        f"training step and decoding cost less than with {tables.baseline()}; measured by turns with it "
-        f"({machine}, threads: {threads:.0f}), [every cost apart]({here}/report/costs.md):"
+        "How the cost of the backward pass of attention alone grows with the number of pixels, and from which side a "
+        f"whole training step, and decoding by attention alone, cost less than with {tables.baseline()}: interpolated, "
+        "and between which measured sides. Measured by turns with it, "
+        f"{', '.join(f'{name} {size}' for name, size in curves.SHAPE.items())}, batch {curves.BATCH}, "
+        f"{curves.PRECISION} ({machine}, threads: {threads:.0f}); [every cost apart]({here}/report/costs.md):"
     )
     yield ""
     yield from _markdown(table.reset_index())

@@ -126,7 +126,8 @@ class Rule(Settings):
     kind: Literal["difference", "ratio", "exponent", "correlation", "rise-and-fall"] = "difference"
     """difference, ratio: of the metric, these against those, paired by seed (and by test image for likelihood).
     exponent: of the metric as a power of `against`. correlation: rank correlation of the metric with `against`.
-    rise-and-fall: by how much the probe's best depth, chosen on other seeds, beats both the first and the last."""
+    rise-and-fall: by how much the probe's best depth beats the better of the first and the last, both chosen on other
+    seeds."""
     metric: str = "nats_per_token"
     against: str = "tokens"
     pairs: tuple[Pair, ...] = Field(min_length=1)

@@ -35,8 +35,12 @@ def finished(runs: pd.DataFrame) -> pd.DataFrame:
 
 def trained(runs: pd.DataFrame) -> pd.DataFrame:
     """Finished runs of more than the single step that measuring a cost takes."""
-    known = finished(runs)
-    return known[known["steps"] > 1]
+    return finished(at_any_rate(runs))
+
+
+def at_any_rate(runs: pd.DataFrame) -> pd.DataFrame:
+    """Trained runs that ended well, at every learning rate that was tried."""
+    return runs[(runs["status"] == "ok") & (runs["steps"] > 1)]
 
 
 def leading_context(runs: pd.DataFrame) -> str | None:
@@ -58,7 +62,7 @@ def leading(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def groups(known: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """(context, setting, its runs of distinct seeds), in order of appearance."""
+    """(context, setting, its runs of distinct seeds), in order of appearance; of several learning rates the first's."""
     distinct = known.drop_duplicates(["context", "setting", "seed"])
     for (context, setting), rows in distinct.groupby(["context", "setting"], sort=False):
         yield str(context), str(setting), rows
@@ -86,8 +90,11 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
     well = runs[runs["status"] == "ok"].sort_values("time", kind="stable")
     latest = well.groupby(["context", "setting"])
     costs = latest[["parameters", *COSTS, "training_flops", "seconds"]].last()  # of each figure that is there
-    costs["rates_tried"] = runs.groupby(["context", "setting"])["lr"].nunique()
+    tried = runs.groupby(["context", "setting"])["lr"]
+    costs["rates_tried"], costs["largest_rate"] = tried.nunique(), tried.max()
     table = pd.DataFrame(rows).merge(costs.reset_index(), on=["context", "setting"])
+    at_the_edge = (table["rates_tried"] > 1) & (table["lr"] == table["largest_rate"])
+    table["largest_rate"] = np.where(at_the_edge, "yes", "")
     table["commit"] = table.pop("commit")
     return table.sort_values(["context", "nats_per_token"], ignore_index=True)
 
@@ -96,19 +103,36 @@ def _summary_row(context: str, setting: str, own: pd.DataFrame) -> dict[str, Any
     row: dict[str, Any] = {"setting": setting, "family": own["family"].iloc[0], "context": context, "seeds": len(own)}
     row["lr"] = own["lr"].iloc[0]
     nats = own["nats_per_token"].to_numpy(float)
-    row |= _figure("nats_per_token", likelihoods(own[~np.isnan(nats)]) if not np.isnan(nats).all() else None)
-    for name in ("bits_per_dim", "regret_nats_per_token", "probe_accuracy_best"):
-        values = own[name].to_numpy(float)
-        values = values[~np.isnan(values)]
-        row |= _figure(name, values[:, None] if len(values) else None)
+    by_image = likelihoods(own[~np.isnan(nats)]) if not np.isnan(nats).all() else None
+    row |= _figure("nats_per_token", by_image)
+    bits = _values(own, "bits_per_dim")
+    if by_image is not None and len(bits) == len(nats) and np.ptp(bits / nats) < 1e-6:  # the same, in another unit
+        row |= _figure("bits_per_dim", by_image * (bits / nats)[0])
+    else:
+        row |= _figure("bits_per_dim", bits[:, None])
+    row |= _figure("regret_nats_per_token", _values(own, "regret_nats_per_token")[:, None])
+    row |= _figure("probe_accuracy_best", _values(own, "probe_accuracy_best")[:, None], _counted(own))
     commits = sorted({str(frame.part(r, "environment").get("commit") or "unknown")[:8] for r in own["record"]})
     return row | {"commit": " ".join(commits[:3]) + (" …" if len(commits) > 3 else "")}
 
 
-def _figure(name: str, values: np.ndarray | None) -> dict[str, float]:
-    if values is None:
+def _values(own: pd.DataFrame, name: str) -> np.ndarray:
+    return own[name].dropna().to_numpy(float)
+
+
+def _counted(own: pd.DataFrame) -> tuple[float, int]:
+    """The standard error of an accuracy that is a share of the test images, and their number."""
+    counts = [frame.number(frame.part(frame.part(r, "data"), "images").get("test")) for r in own["record"]]
+    known = [int(count) for count in counts if count]
+    share = float(np.mean(_values(own, "probe_accuracy_best"))) if own["probe_accuracy_best"].notna().any() else 0.0
+    return (math.sqrt(max(0.0, share * (1 - share)) / min(known)), min(known)) if known else (0.0, 0)
+
+
+def _figure(name: str, values: np.ndarray | None, images: tuple[float, int] = (0, 0)) -> dict[str, float]:
+    """Mean and 95 % interval of (seeds, units), or of nothing."""
+    if values is None or not len(values):
         return {name: math.nan, f"{name}_low": math.nan, f"{name}_high": math.nan}
-    found = stats.interval(values, resamples=500)
+    found = stats.interval(values, resamples=500, images=images)
     return {name: found.estimate, f"{name}_low": _nan(found.low), f"{name}_high": _nan(found.high)}
 
 
@@ -199,12 +223,20 @@ def at_several_sides(known: pd.DataFrame) -> pd.DataFrame:
 def exponents(runs: pd.DataFrame) -> pd.DataFrame:
     """C1, C5: how time, memory and decoding state grow with the tokens, as exponents of a power law.
 
-    Over all sides, and for time and memory between the two largest, where what a small image costs anyway weighs least.
+    Over all sides, and for time and memory between the two largest, where what a small image costs anyway weighs least;
+    of what was timed on one machine with as many threads.
     """
     measured = at_several_sides(finished(runs).dropna(subset=["seconds_per_image"]))
+    measured[["machine", "threads"]] = pd.DataFrame(
+        [frame.place(record) for record in measured["record"]], columns=["machine", "threads"], index=measured.index
+    )
+    alike = ["setting", "line", "machine", "threads"]
     rows = []
-    for (setting, _), own in measured.groupby(["setting", "line"], sort=False):
+    for (setting, _, _, threads), own in measured.groupby(alike, sort=False, dropna=False):
+        if own["tokens"].nunique() < 2:
+            continue
         row: dict[str, Any] = {"setting": setting, "sides": own["tokens"].nunique(), "seeds": own["seed"].nunique()}
+        row["threads"] = threads
         last = own[own["tokens"].isin(sorted(own["tokens"].unique())[-2:])]
         for name in ("seconds_per_image", "train_peak_bytes"):
             row |= _figure(f"exponent_{name}", _slopes(own, name))
@@ -234,15 +266,15 @@ def cnns(runs: pd.DataFrame) -> pd.DataFrame:
 
 def scans(runs: pd.DataFrame) -> pd.DataFrame:
     """C2: nats per token by setting and scan order, where nothing but the order differs between two at least."""
-    known = trained(runs).dropna(subset=["nats_per_token"])
+    known = at_any_rate(runs).dropna(subset=["nats_per_token"])
     known = known.assign(
         scan=[frame.lookup(record, "scan") or "raster" for record in known["record"]], line=frame.alike(known, "scan")
     )
     rows = [
-        {"setting": setting, "seeds": own.groupby("scan")["seed"].nunique().min()}
+        {"setting": setting, "lr": lr, "seeds": own.groupby("scan")["seed"].nunique().min()}
         | own.groupby("scan")["nats_per_token"].mean().to_dict()
         | {"context": frame.context(own["record"].iloc[0], ("scan",))}
-        for (setting, _), own in known.groupby(["setting", "line"], sort=False)
+        for (setting, _, lr), own in known.groupby(["setting", "line", "lr"], sort=False)
         if own["scan"].nunique() > 1
     ]
     return pd.DataFrame(rows)
@@ -284,15 +316,19 @@ def regrets(source: str) -> Table:
 
 
 def positions(runs: pd.DataFrame) -> pd.DataFrame:
-    """C3: nats per token by what mixes, as it comes, and by positional encoding, where more than one was run."""
+    """C3: nats per token by what mixes, as it comes, and by positional encoding, where more than one was run.
+
+    At one learning rate a row: the encodings of a row differ in nothing else.
+    """
     from attnbench import variants  # imports torch
 
-    known = trained(runs)
+    known = at_any_rate(runs)
     plain = [not any(path.startswith("model.") for path in frame.told(record)) for record in known["record"]]
     known = known[np.asarray(plain, dtype=bool)].copy()
     known["position"] = [frame.lookup(record, "position") for record in known["record"]]
     known["mixer"] = known["variant"].map(variants.mixer)
-    table = known.pivot_table(index=["context", "mixer"], columns="position", values="nats_per_token", aggfunc="mean")
+    rows = ["context", "mixer", "lr"]
+    table = known.pivot_table(index=rows, columns="position", values="nats_per_token", aggfunc="mean")
     table = table[table.notna().sum(axis=1) > 1].dropna(axis="columns", how="all")
     return table.reset_index().rename_axis(columns=None) if len(table) else pd.DataFrame()
 
@@ -359,7 +395,7 @@ def correlations(runs: pd.DataFrame) -> pd.DataFrame:
             context = frame.context(own["record"].iloc[0], ("train.steps",))
             row = {"setting": setting, "context": context, "runs": len(own), "seeds": len(values)}
             figure = _figure("rank_correlation", values[:, None])
-            rows.append(row | {name: max(-1.0, min(1.0, value)) for name, value in figure.items()})
+            rows.append(row | {name: float(np.clip(value, -1, 1)) for name, value in figure.items()})  # NaN stays
     return pd.DataFrame(rows)
 
 

@@ -28,6 +28,9 @@ CSV = ("claim", "verdict", "effect", "low", "high", "rule")
 EQUAL = 0.05
 """Budgets are equal that differ by no more than this share: steps are whole numbers."""
 EQUALLY = {"flops": "training_flops", "seconds": "seconds", "bytes": "train_peak_bytes"}
+TIMES = {"seconds_per_image", "seconds"}
+FEW = 4
+"""Seeds below which their spread is too uncertain to plan with."""
 _FREE: dict[str, set[str]] = {
     "steps": set(),
     "flops": {"train.steps", "train.warmup"},
@@ -140,6 +143,7 @@ def _claim(runs: pd.DataFrame, suite: Suite, rules: Sequence[Rule]) -> list[Verd
 def _measure(runs: pd.DataFrame, rule: Rule) -> tuple[stats.Interval | None, tuple[Part, ...], str]:
     """The rule's effect, its parts, and what is missing."""
     parts, tables, missing = [], [], []
+    runs = _timed_alike(runs, rule)
     for pair in rule.pairs:
         try:
             values, ids = KINDS[rule.kind](runs, rule, pair)
@@ -158,6 +162,16 @@ def _measure(runs: pd.DataFrame, rule: Rule) -> tuple[stats.Interval | None, tup
     same = len({values.shape[1] for values in tables}) == 1
     stacked = [(v if same else v.mean(axis=1).to_frame()).loc[shared].to_numpy() for v in tables]
     return stats.interval(np.mean(stacked, axis=0), rule.level, exact=rule.exact), tuple(parts), ""
+
+
+def _timed_alike(runs: pd.DataFrame, rule: Rule) -> pd.DataFrame:
+    """All runs; of a rule on times, those on the one machine, with as many threads, that has most seeds, then runs."""
+    if rule.metric not in TIMES or runs.empty:
+        return runs
+    runs = frame.select(runs, rule.where)
+    places = pd.Series([frame.place(record) for record in runs["record"]], index=runs.index, dtype=object)
+    sizes = {where: (rows["seed"].nunique(), len(rows)) for where, rows in runs.groupby(places)}
+    return runs[places == max(sizes, key=lambda where: sizes[where])] if sizes else runs
 
 
 def _corrected_parts(parts: list[Part], rule: Rule) -> list[Part]:
@@ -206,7 +220,12 @@ def _why(verdict: str, found: stats.Interval, more: int | None) -> str:
         return "no number of seeds up to 1,000 would be likely to decide it with these test images"
     if more == 0:
         return "a repetition with as many seeds would probably decide it"
-    return f"about {more} more seed{'s' if more > 1 else ''} would decide it with a probability of {stats.POWER:.0%}"
+    if found.seeds < FEW:
+        return f"{found.seeds} seeds are too few to say how many more would decide it"
+    return (
+        f"about {more} more seed{'s' if more > 1 else ''} would decide it with a probability of {stats.POWER:.0%}, "
+        "were the effect and its spread what they seem"
+    )
 
 
 def _scale(rule: Rule, value: float) -> float:
@@ -251,7 +270,10 @@ def free(rule: Rule, pair: Pair) -> set[str]:
 
 
 def coupled(these: pd.DataFrame, those: pd.DataFrame, rule: Rule, pair: Pair) -> list[tuple[Any, Any]]:
-    """Runs of the same seed in the same context; of several contexts, the one with most seeds, then most steps."""
+    """Runs of the same seed in the same context.
+
+    Of several contexts, the one whose budgets are equal to the nearest percent, then with most seeds, then most steps.
+    """
     without = free(rule, pair)
     others: dict[tuple[str, float], list[Any]] = {}
     for row in frame.rows(those):
@@ -265,7 +287,12 @@ def coupled(these: pd.DataFrame, those: pd.DataFrame, rule: Rule, pair: Pair) ->
             contexts.setdefault(key if rule.equal == "steps" else f"{key}{row.steps}", []).append((row, partner))
     if not contexts:
         return []
-    best = max(contexts.values(), key=lambda rows: (len(rows), rows[0][0].steps, rows[0][0].tokens))
+
+    def worth(rows: list[tuple[Any, Any]]) -> tuple[float, ...]:
+        unlike = float(np.mean([_unlike(row, other, rule) for row, other in rows]))
+        return -round(unlike, 2), len(rows), rows[0][0].steps, rows[0][0].tokens
+
+    best = max(contexts.values(), key=worth)
     return list({row.seed: (row, match) for row, match in best}.values())
 
 
@@ -358,7 +385,7 @@ def correlation(runs: pd.DataFrame, rule: Rule, pair: Pair) -> tuple[pd.DataFram
 def rise_and_fall(runs: pd.DataFrame, rule: Rule, pair: Pair) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """For each seed the probe's accuracy at the best depth less that of the better end.
 
-    The best depth is chosen on the other seeds: chosen on its own it would never lose to the ends.
+    The best depth and the better end are chosen on the other seeds: the best of several on its own seed is flattered.
     """
     chosen = frame.select(runs, rule.where, pair.these)
     chosen = _best_context(chosen[chosen["probe_depth"].notna()], set(pair.these) - {"variant"})
@@ -368,7 +395,7 @@ def rise_and_fall(runs: pd.DataFrame, rule: Rule, pair: Pair) -> tuple[pd.DataFr
     effects = {}
     for seed, own in probes.items():
         others = np.mean([found for other, found in probes.items() if other != seed], axis=0)
-        effects[seed] = own[int(others.argmax())] - max(own[0], own[-1])
+        effects[seed] = own[int(others.argmax())] - own[0 if others[0] > others[-1] else -1]
     return pd.Series(effects).to_frame(), tuple(chosen["id"])
 
 

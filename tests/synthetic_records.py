@@ -101,7 +101,7 @@ def study(seeds: int = 5) -> list[dict[str, Any]]:
     quality = [one(v, s, steps=250) for v, s in itertools.product(EFFECTS, range(seeds))]
     early = [one(v, s, steps=40) for v, s in itertools.product(EFFECTS, range(min(seeds, 3)))]
     cost = [
-        one(v, s, side=side, steps=1, cost=True, data="source:above")
+        one(v, s, side=side, steps=1, cost=True, data="source:above", settings={"train": {"batch": 4}})
         for v, side, s in itertools.product(("dense1d", "local2d", "linear"), (8, 16, 32), range(min(seeds, 3)))
     ]
     return quality + early + cost

@@ -40,6 +40,17 @@ def shifted(amount: float, *, variant: str | None = None) -> Change:
     return change
 
 
+def test_a_run_at_a_rate_that_lost_is_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = [synthetic.one("dense1d", s, lr=lr, nats=n) for s in range(3) for lr, n in ((5e-3, 1.4), (8e-3, 1.3))]
+    after = copy.deepcopy(before)
+    for done in after:
+        if done["config"]["train"]["lr"] == 8e-3:
+            shifted(1.0)(done)
+    folders = [str(synthetic.write(tmp_path / name, runs)) for name, runs in (("a", before), ("b", after))]
+    assert cli.command(compare.main)(folders) == 1
+    assert "lr=0.008" in capsys.readouterr().out
+
+
 def test_the_same_twice_is_no_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, lambda done: None) == 0
     assert "0 worse" in capsys.readouterr().out

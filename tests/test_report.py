@@ -334,17 +334,36 @@ def test_the_rules_that_were_declared_before_the_sweep_are_the_ones_applied(tmp_
     folder = made(tmp_path)
     assert verdicts_of(folder)["C4"]["verdict"] == "refuted"
     assert re.search(
-        r"Suite quick: .* since \d{4}-.*; (\d+) of the \1 runs that they judge are older", page_of(folder).text
+        r"Suite quick: 0 of the \d+ rules .*; but C1 since \d{4}-\S+, (\d+) of its \1 runs older;", page_of(folder).text
     )
 
 
-def test_rules_that_were_changed_later_are_told_of(tmp_path: Path) -> None:
+def test_a_rule_that_was_changed_after_its_runs_is_told_of_and_one_that_was_reworded_is_not(tmp_path: Path) -> None:
+    """Declared in 2020, run in 2021, and in 2022 one rule was given another threshold, and another other words."""
     whole = suite.load("quick")
-    sweep.declare(whole, tmp_path)
-    sweep.declare(whole.model_copy(update={"rules": ()}), tmp_path)
+    changes: dict[str, dict[str, Any]] = {"C4": {"threshold": -0.5}, "C3": {"says": "In other words"}}
+    changed = tuple(r.model_copy(update=changes.get(r.claim, {})) for r in whole.rules)
+    for year, one in ((2020, whole), (2022, whole.model_copy(update={"rules": changed}))):
+        path = sweep.declare(one, tmp_path)
+        told = json.loads(path.read_text())
+        path.write_text(json.dumps(told | {"declared": f"{year}-01-01T00:00:00+00:00"}))
+    records = synthetic.study()
+    for done in records:
+        done["environment"]["time"] = "2021-01-01T00:00:00+00:00"
+    synthetic.write(tmp_path, records)
+    text = page_of(made(tmp_path)).text
+    (line,) = re.findall(
+        r"Suite quick: (\d+) of the (\d+) rules .* but C4 since 2022-\S+, (\d+) of its (\d+) runs older", text
+    )
+    assert int(line[0]) == int(line[1]) - 1 and line[2] == line[3]
+    assert not re.search(r"C3 since", text)
+
+
+def test_a_suite_whose_rules_judge_nothing_says_so_and_a_broken_one_is_named(tmp_path: Path) -> None:
+    sweep.declare(suite.load("quick"), tmp_path)
     (tmp_path / "suites" / "broken.json").write_text("{")
     text = page_of(made(tmp_path)).text
-    assert re.search(r"Suite quick: .* since \d{4}-\S+, after 1 change; they judge no run", text)
+    assert "Suite quick: its rules judge no run yet." in text
     assert "broken.json is no suite" in text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,30 @@ def test_scan_orders_are_compared_within_one_context() -> None:
     (row,) = tables.scans(framed(*snakes, *rasters, *others, *single)).to_dict("records")
     assert row["raster"] == pytest.approx(1.4, abs=0.02) and row["snake"] == pytest.approx(1.5, abs=0.02)
     assert "snake" not in row["context"] and row["seeds"] == 3
+
+
+def test_scan_orders_and_positions_are_compared_at_one_rate() -> None:
+    """The rate that validation chose for the raster was not tried for the snake: the two differ in the rate too."""
+    rasters = [synthetic.one("dense1d", s, lr=lr, nats=n) for s in range(3) for lr, n in ((5e-3, 1.4), (8e-3, 1.2))]
+    snakes = [synthetic.one("dense1d", s, nats=1.5, settings={"scan": "snake"}) for s in range(3)]
+    turned = [synthetic.one("dense1d", s, nats=1.3, settings={"position": "rope2d"}) for s in range(3)]
+    runs = framed(*rasters, *snakes, *turned)
+    assert set(runs.loc[runs["chosen"] & (runs["setting"] == "dense1d"), "lr"]) == {8e-3, 5e-3}
+    (row,) = tables.scans(runs).to_dict("records")
+    assert row["lr"] == 5e-3 and row["raster"] == pytest.approx(1.4, abs=0.02)
+    (row,) = tables.positions(runs).to_dict("records")
+    assert row["lr"] == 5e-3 and row["learned1d"] == pytest.approx(1.4, abs=0.02)
+
+
+def test_a_correlation_without_an_interval_has_none() -> None:
+    """Three lengths of training of two seeds rank alike: -1 twice, and nothing is known of other seeds."""
+    records = [synthetic.one("dense1d", s, steps=steps) for s in range(2) for steps in (40, 120, 250)]
+    for done in records:
+        done["metrics"]["probe_accuracy_best"] = 1 - done["metrics"]["nats_per_token"] / 10
+    runs = framed(*records)
+    (row,) = tables.correlations(runs).to_dict("records")
+    assert row["rank_correlation"] == -1
+    assert math.isnan(row["rank_correlation_low"]) and math.isnan(row["rank_correlation_high"])
 
 
 def test_a_ladder_needs_two_sides_of_one_context() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from typing import Any
 
@@ -87,14 +88,20 @@ def test_a_fact_that_the_records_bear_out_is_no_misstatement() -> None:
 
 
 def test_few_and_noisy_seeds_are_undecided_and_say_how_many_more() -> None:
-    records = [synthetic.one(v, s) for v in ("dense1d", "local2d") for s in range(3)]
+    records = [synthetic.one(v, s) for v in ("dense1d", "local2d") for s in range(4)]
     for done in records:
         if done["variant"] == "local2d":
-            done["metrics"]["nats_per_token"] += (0.0, 0.05, 0.1)[done["seed"]]
-    found = next(v for v in verdicts.judge(frame.frame(records), [QUICK]) if v.claim == "C4")
+            done["metrics"]["nats_per_token"] += (0.0, 0.05, 0.1, 0.02)[done["seed"]]
+
+    def judge(seeds: int) -> verdicts.Verdict:
+        few = [done for done in records if done["seed"] < seeds]
+        return next(v for v in verdicts.judge(frame.frame(few), [QUICK]) if v.claim == "C4")
+
+    found = judge(4)
     assert found.verdict == "undecided"
     assert found.more_seeds is not None and found.more_seeds > 0
     assert f"about {found.more_seeds} more seed" in found.why
+    assert judge(3).verdict == "undecided" and "3 seeds are too few to say" in judge(3).why
 
 
 def test_one_seed_is_undecided() -> None:
@@ -179,6 +186,47 @@ def test_a_peak_that_is_chosen_on_other_seeds_is_not_found_in_noise() -> None:
     for done in records:
         done["metrics"]["probe_accuracy"] = (0.8 + draw.normal(0, 0.02, 5)).tolist()
     assert judged(records)["S2"]["verdict"] != "supported"
+
+
+def test_the_better_end_is_chosen_on_other_seeds_too() -> None:
+    """Ends that differ by noise alone: the better one of a seed's own ends would always stand too high."""
+    records = copy.deepcopy([d for d in STUDY if d["variant"] == "dense1d" and d["config"]["train"]["steps"] == 250])
+    for sign, done in zip(itertools.cycle((1, -1)), records, strict=False):
+        done["metrics"]["probe_accuracy"] = [0.8 + 0.1 * sign, 0.85, 0.9, 0.85, 0.8 - 0.1 * sign]
+    (found,) = (
+        v for v in verdicts.judge(frame.frame(records), [suite.load("quick")]) if v.rule.kind == "rise-and-fall"
+    )
+    assert found.effect is not None and found.effect >= 0.1
+
+
+def test_times_of_other_threads_are_not_mixed() -> None:
+    """Two seeds on one thread, a third on two, which is as fast at every side: mixed, no interval would be of use."""
+    records = [
+        synthetic.one("dense1d", s, side=side, steps=1, cost=True, data="source:above",
+                      settings={"train": {"batch": 4}}) for s in range(3) for side in (8, 16, 32)
+    ]  # fmt: skip
+    for done in records:
+        done["environment"]["threads"] = 2 if done["seed"] == 2 else 1
+        if done["seed"] == 2:
+            done["metrics"]["train_images_per_second"] = 100.0
+    found = next(v for v in verdicts.judge(frame.frame(records), [QUICK]) if v.claim == "C1")
+    assert found.seeds == 2 and found.effect == pytest.approx(2.0, abs=0.1)
+
+
+def test_of_several_contexts_the_one_with_equal_budgets_is_judged() -> None:
+    """400 steps of either are within five percent in FLOPs, and have more seeds; 415 are as many."""
+
+    def made(variant: str, steps: int, seed: int, nats: float, cost: float) -> dict[str, Any]:
+        done = synthetic.one(variant, seed, steps=steps, nats=nats)
+        done["metrics"] |= {"train_flops_per_image": cost}
+        return done
+
+    dense = [made("dense1d", 400, s, 1.4, 1.0) for s in range(5)]
+    near = [made("local2d", 400, s, 1.4, 0.96) for s in range(5)]
+    equal = [made("local2d", 416, s, 1.3, 0.96) for s in range(3)]
+    whole = suite.Suite(name="a", question="?", rules=(rule(equal="flops"),))
+    (found,) = verdicts.judge(frame.frame([*dense, *near, *equal]), [whole])[:1]
+    assert found.seeds == 3 and found.effect == pytest.approx(-0.1, abs=0.02)
 
 
 def test_every_verdict_is_one_of_four_and_texts_exist_for_all() -> None:
