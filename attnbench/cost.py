@@ -296,7 +296,7 @@ def too_large(cell: Cell, limits: CostConfig) -> str | None:
 
 
 def refused(cell: Cell) -> str | None:
-    """Every reason why the backend that was asked for cannot run here, told by a small model; None if it can."""
+    """Every reason why the backend that was asked for cannot run here, told by a narrow model; None if it can."""
     from attnbench import train
 
     model = cell.config.model
@@ -304,7 +304,7 @@ def refused(cell: Cell) -> str | None:
         return None
     one = model.model_copy(update={"dim": model.dim // model.heads, "heads": 1})
     try:
-        train.make_model(cell.config.model_copy(update={"model": one, "device": "cpu"}), 4, 4, VOCAB)
+        train.make_model(cell.config.model_copy(update={"model": one, "device": "cpu"}), cell.side, cell.side, VOCAB)
     except Refusal as refusal:
         return str(refusal)
     return None

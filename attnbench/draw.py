@@ -36,7 +36,9 @@ def draw(
         if given is not None and t < keep:
             pixel = given[:, t]
         else:
-            chances = (logits.float() / temperature).softmax(-1).cpu()
+            logits = logits.float()
+            below = (logits - logits.amax(-1, keepdim=True)).double() / temperature  # a float32 has no 1e-50
+            chances = below.float().softmax(-1).cpu()
             pixel = torch.multinomial(chances, 1, generator=generator).squeeze(1).to(order.device)
         pixels.append(pixel)
     return torch.stack(pixels, dim=1)[:, torch.argsort(order)].unflatten(1, (grid.height, grid.width))

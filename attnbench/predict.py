@@ -22,10 +22,12 @@ from typing import Any
 
 from torch import nn
 
-from attnbench import trace
+from attnbench import trace, variants
 from attnbench.measure import Request
 from models.mixer import Mixer
 
+TRIED = 2**16
+"""Slots up to which a count of operations is held against what shorter images say."""
 PERIODS = (1, 2, 3, 4, 5, 6, 8)
 """After so many layers the kinds of layer may repeat."""
 
@@ -61,7 +63,7 @@ class Predictor:
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._walked = bool(_mixers(_with_depth(_small(request), 1)))
+        self._walked = issubclass(variants.find(request.config.variant).cls, Mixer)
         """Whether the model has mixers; others are taken as they are, at full depth and height."""
         self._depths = _small_depths(request) if self._walked else [request.config.model.depth]
         self._peaks = cache(self._memory)
@@ -159,7 +161,22 @@ def _size(request: Request, walked: bool) -> Figures:
     heights = _small_heights(request, rows=16, slots=1) if walked and request.height * request.width > LONG else []
     if not heights:
         return _counted(request)
-    return _continued([(h, _counted(replace(request, height=h))) for h in heights], request.height)
+    points = [(h, _counted(replace(request, height=h))) for h in heights]
+    for height in _beyond(heights, request):
+        if _continued(points, height) != _counted(replace(request, height=height)):  # a mask that reaches farther
+            return _counted(request)
+    return _continued(points, request.height)
+
+
+def _beyond(heights: list[int], request: Request) -> list[int]:
+    """Two taller heights in line with these, on which to try what they say: the next one, and one of about half."""
+    stride = heights[1] - heights[0]
+    half = heights[0] + stride * ((request.height // 2 - heights[0]) // stride)
+    return [
+        height
+        for height in sorted({heights[-1] + stride, half})
+        if heights[-1] < height < request.height and height * request.width <= TRIED
+    ]
 
 
 def _counted(request: Request) -> Figures:
@@ -193,7 +210,8 @@ def _mixers(request: Request) -> list[Mixer]:
 
 
 def _small(request: Request) -> Request:
-    return replace(request, height=min(request.height, 8), width=min(request.width, 8))
+    """Of few rows, as wide: an option may be bound by the width."""
+    return replace(request, height=min(request.height, 8))
 
 
 def _with_depth(request: Request, depth: int) -> Request:

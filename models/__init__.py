@@ -54,7 +54,8 @@ def build(
     that cannot be.
     """
     chosen = _known(name)
-    for number, value in (("vocab", vocab), ("dim", dim), ("depth", depth), ("heads", heads)):
+    numbers = {"height": height, "width": width, "vocab": vocab, "dim": dim, "depth": depth, "heads": heads}
+    for number, value in (numbers | {"channels": channels, "classes": classes}).items():
         positive(number, value)
     objective = objective or chosen.objectives[0]
     if objective not in (*OBJECTIVES, SUPERVISED):

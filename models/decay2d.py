@@ -80,6 +80,8 @@ class Decay2D(Recurrent):
         super().__init__(layer)
         if layer.scan.order != "raster":
             raise ValueError(f"decay2d sums whole earlier rows, which needs scan 'raster', not {layer.scan.order!r}")
+        if not isinstance(learned, bool):
+            raise ValueError(f"learned must be true or false, not {learned!r}")
         self.band = evened(layer.scan.grid.height, positive("band", band))
         self.strip = evened(layer.scan.grid.width, positive("strip", strip))
         self.unit = self.band * layer.scan.grid.width

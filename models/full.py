@@ -88,7 +88,8 @@ class Dense(ExactMixer):
 
     @cached_property
     def _offsets(self) -> Offsets:
-        return geometry.offsets(self.layer.scan, along=self.layer.relates == "distance")
+        with torch.inference_mode(False):  # kept for later passes, which may be training
+            return geometry.offsets(self.layer.scan, along=self.layer.relates == "distance")
 
     def _table(self, bias: ScoreBias | None) -> tuple[Tensor, ...]:
         """The bias as the kernel takes it."""

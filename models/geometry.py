@@ -268,6 +268,7 @@ def runs(scan: Scan, window: int, length: int = 64) -> Tiles:
     size = scan.grid.size
     first = torch.arange(0, size, length)[:, None]
     queries = first + torch.arange(length)[None, :]
+    window = min(window, size)
     after = 0 if scan.causal else window
     keys = first + torch.arange(-window, length + after)[None, :]
     return _with_start(scan, _inside(queries, size), _inside(keys, size))
@@ -325,7 +326,8 @@ def lines(scan: Scan, axis: Literal["row", "col"]) -> Tiles:
 def _stretches(limit: int, length: int, before: int, after: int, step: int) -> tuple[Tensor, Tensor]:
     """An axis of `limit` places cut into stretches of `length`, every `step`-th place going together: the places of
     each, and those with a halo, (stretches, places), -1 outside."""
-    length = min(length, -(-limit // step))
+    most = -(-limit // step)
+    length, before, after = min(length, most), min(before, most), min(after, most)
     first = torch.arange(0, limit, length * step)[:, None] + torch.arange(step)[None, :]
     first = first[first < limit].flatten()[:, None]
     own = first + step * torch.arange(length)[None, :]

@@ -113,17 +113,23 @@ class MLP(nn.Module):
         self.down = nn.Linear(4 * dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() < self.up.in_features**2:
-            return self.down(F.silu(1.702 * self.up(x)) / 1.702)
         up, down = self.up, self.down
+        if x.numel() < up.in_features**2 or not (plain(up) and plain(down)):
+            return down(F.silu(1.702 * up(x)) / 1.702)
         x = F.silu(F.linear(x, 1.702 * up.weight, None if up.bias is None else 1.702 * up.bias))
         return F.linear(x, down.weight / 1.702, down.bias)
 
 
+def plain(matrix: nn.Linear) -> bool:
+    """Whether the product with its weight is all that it does: no hook makes the weight, no adapter adds to it."""
+    return type(matrix) is nn.Linear and not (matrix._forward_hooks or matrix._forward_pre_hooks)
+
+
 def fuses(x: Tensor, norms: tuple[Norm, ...], matrices: tuple[nn.Linear, ...]) -> bool:
     """Whether a kernel takes norm, product and what follows in one go."""
-    weights = (m.weight for m in matrices)
-    return all(m.bias is None for m in matrices) and kernels.block.serves(x, *(norm.gain for norm in norms), *weights)
+    if not all(plain(m) and m.bias is None for m in matrices):
+        return False
+    return kernels.block.serves(x, *(norm.gain for norm in norms), *(m.weight for m in matrices))
 
 
 class Block(nn.Module):
@@ -218,7 +224,7 @@ class ImageGPT(nn.Module):
                 raise ValueError(f"{what} (batch, {grid.height}, {grid.width}) wanted, not {tuple(given.shape)}")
         x = self.tokens[tokens.flatten(1)[:, self.order]]
         if hidden is not None:
-            x = x * ~hidden.flatten(1)[:, self.order, None]
+            x = x * ~hidden.bool().flatten(1)[:, self.order, None]
         if self.start_token is not None:
             x = torch.cat([self.start_token.expand(len(x), 1, -1), x[:, :-1]], dim=1)
         where = self.position.embed(self.slots)

@@ -57,6 +57,7 @@ class Linear(Recurrent):
     def __init__(self, layer: Layer, *, chunk: int = 0) -> None:
         super().__init__(layer, chunk=chunk)
         self.width = layer.head_dim
+        self.floor = type(self).floor  # an instance's: torch.compile with dynamic=True cannot lift a class's
 
     def refusals(self, backend: str) -> list[str]:
         reasons = super().refusals(backend)
@@ -135,6 +136,7 @@ class Performer(Linear):
         super().__init__(layer, chunk=chunk)
         usual = max(1, math.ceil(layer.head_dim * math.log(layer.head_dim)))
         self.width = positive("features", features, zero="d·ln d") or usual
+        positive("seed", seed, zero="the first")
         directions = orthogonal_directions(layer.heads, self.width, layer.head_dim, seed, layer.index)
         # Drawn on the CPU on any machine; then wherever the model is being built.
         self.register_buffer("directions", directions.to(torch.empty(()).device, torch.get_default_dtype()))

@@ -9,6 +9,9 @@ from .geometry import Predicate, Tiles
 from .mixer import ExactMixer, Layer, ScoreBias
 from .registry import positive, variant
 
+SMALL = 2**18
+"""Numbers of working rows that no image is too small for."""
+
 
 @variant(
     "local1d",
@@ -88,6 +91,9 @@ class Local2D(ExactMixer):
             return reasons + biased + kernels.window.reasons(self.layer.head_dim)
         if self.layer.biased and not self.layer.by_offset:
             reasons.append("adds a bias to the scores by (Δrow, Δcol) only")
+        rows = kernels.working_rows(scan.grid.height, scan.grid.width, self.radius)
+        if rows > max(self.layer.size**2, SMALL):
+            reasons.append(f"keeps {rows:,} numbers in working rows, more than a dense layer's scores")
         return reasons + [reason for reason in [kernels.missing("local2d")] if reason]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> Tensor:

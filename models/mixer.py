@@ -228,9 +228,10 @@ class ExactMixer(Mixer):
     def _tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Query slots (tiles, queries), key slots (tiles, keys) and mask (tiles, queries, keys), made once a device."""
         if self._tiles is None or self._tiles[0].device != device:
-            queries, keys = self.tiles()
-            mask = self.visible()(queries[:, :, None], keys[:, None, :]) & (keys >= 0)[:, None, :]
-            mask &= (queries >= 0)[:, :, None]
+            with torch.inference_mode(False):  # kept for later passes, which may be training
+                queries, keys = self.tiles()
+                mask = self.visible()(queries[:, :, None], keys[:, None, :]) & (keys >= 0)[:, None, :]
+                mask &= (queries >= 0)[:, :, None]
             self._tiles = (queries.to(device), keys.to(device), mask.to(device))
         return self._tiles
 
@@ -281,13 +282,14 @@ class ExactMixer(Mixer):
         first, seen = slot - slot % AHEAD, self._seen
         if seen is None or seen[0] != first or seen[1][0].device != device:
             assert self._last_use is not None, "a state comes from start"
-            slots = torch.arange(first, min(first + AHEAD, self.layer.size))
-            held = (self._last_use[: len(slots) + first] >= first).nonzero().squeeze(1)
-            mask = self.visible()(slots[:, None], held[None, :])
-            keys = held[mask.nonzero()[:, 1]]
-            places = torch.tensor(self._places[0])[keys]
-            counts = mask.sum(dim=1).tolist()
-            seen = first, list(keys.to(device).split(counts)), list(places.to(device).split(counts))
+            with torch.inference_mode(False):  # kept for later steps, which may be training
+                slots = torch.arange(first, min(first + AHEAD, self.layer.size))
+                held = (self._last_use[: len(slots) + first] >= first).nonzero().squeeze(1)
+                mask = self.visible()(slots[:, None], held[None, :])
+                keys = held[mask.nonzero()[:, 1]]
+                places = torch.tensor(self._places[0])[keys]
+                counts = mask.sum(dim=1).tolist()
+                seen = first, list(keys.to(device).split(counts)), list(places.to(device).split(counts))
             self._seen = seen
         return seen[1][slot - first], seen[2][slot - first]
 

@@ -105,9 +105,9 @@ class Axial(ExactMixer):
     last column only the column itself, for the slot that holds a row's last pixel already predicts the next row.
     """
 
-    @property
-    def axis(self) -> Literal["row", "col"]:
-        return "col" if self.layer.index % 2 else "row"
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self.axis: Literal["row", "col"] = "col" if layer.index % 2 else "row"
 
     def visible(self) -> Predicate:
         return geometry.line(self.layer.scan, self.axis)

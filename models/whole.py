@@ -15,6 +15,10 @@ TOLERANCE, CLOSE = 0.02, 0.005
 """A model scaled to a share of the trunk's parameters misses it by so much at most; so much is as good as none."""
 
 
+LARGEST = 1000
+"""The largest share of the trunk's parameters that is a sensible wish."""
+
+
 @dataclass(frozen=True)
 class Whole:
     """The task, and the shape of the trunk that the model stands beside."""
@@ -39,9 +43,10 @@ class Whole:
             wanted = Fraction(share)
         except (ValueError, TypeError, ZeroDivisionError, OverflowError):
             wanted = Fraction(0)
-        if wanted <= 0 or isinstance(share, bool):
+        if not 0 < wanted <= LARGEST or isinstance(share, bool):
             raise ValueError(
-                f"share must be a part of the trunk's parameters above 0, such as 1, 0.5 or 1/3: {share!r}"
+                "share must be a part of the trunk's parameters above 0, such as 1, 0.5 or 1/3, and at most "
+                f"{LARGEST}: {share!r}"
             )
         return float(wanted * self.trunk_parameters())
 

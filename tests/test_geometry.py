@@ -156,6 +156,15 @@ def test_tiles_hold_every_query_once_and_every_visible_key_once(name: str, order
         assert not (want & ~reached).any(), f"{height}×{width}"
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_reach_beyond_the_grid_makes_no_wider_tiles(order: str) -> None:
+    scan = Scan(Grid(3, 40), "ar", order)
+    for tiles in (lambda reach: geometry.patches(scan, reach), lambda reach: geometry.runs(scan, reach)):
+        wide, wider = tiles(120), tiles(10**9)
+        assert torch.equal(wide.queries, wider.queries) and torch.equal(wide.keys, wider.keys)
+        assert wider.keys.shape[1] <= 1 + 9 * 88  # three rows on either side of three, 40 columns of 8
+
+
 def test_a_target_far_from_the_border_sees_as_many_pixels_as_the_design_says() -> None:
     scan, radius = Scan(Grid(9, 9)), 3
     mask = geometry.matrix(geometry.window2d(scan, radius), 81)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import models
@@ -50,6 +51,44 @@ def test_activation_is_the_sigmoid_form() -> None:
     x = torch.tensor([0.3, 0.4], dtype=torch.float64)
     want = 8 * 0.7 / (1 + torch.exp(torch.tensor(-1.702 * 0.7, dtype=torch.float64)))
     assert_close(mlp(x), want.expand(2))
+
+
+@pytest.mark.parametrize("change", ["pruned", "adapter", "hook"])
+def test_a_matrix_that_does_more_than_its_product_is_called(change: str) -> None:
+    """Kernels and the fused activation read weights; a hook that makes one, or an adapter, must be run all the same."""
+    model: Any = build("dense1d", **SMALL | {"dim": 8}).double()
+    tokens = torch.randint(7, (64, 3, 5))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    mlp, before = model.blocks[0].mlp, model(tokens)
+    if change == "pruned":
+        prune.l1_unstructured(mlp.up, "weight", 0.5)
+        mlp.up.weight_orig.data.zero_()
+    elif change == "adapter":
+        mlp.up = type("Adapter", (torch.nn.Linear,), {"forward": lambda self, x: 0 * x @ self.weight.T})(
+            8, 32, bias=False
+        ).double()
+    else:
+        mlp.up.register_forward_hook(lambda module, given, out: 0 * out)
+    without = model(tokens)
+    assert not torch.allclose(before, without)
+    mlp.up, mlp.down = torch.nn.Linear(8, 32, bias=False).double(), torch.nn.Linear(32, 8, bias=False).double()
+    torch.nn.init.zeros_(mlp.up.weight)
+    assert_close(without, model(tokens))
+
+
+@pytest.mark.parametrize("name", ["dense-alibi1d", "dense-relbias2d", "local2d", "strided", "hybrid-local2d"])
+def test_what_inference_mode_leaves_behind_can_be_trained(name: str) -> None:
+    """Tables are made once: in inference mode too they must be such as autograd may save."""
+    model: Any = build(name, **SMALL)
+    tokens = torch.randint(7, (2, 3, 5))
+    with torch.inference_mode():
+        model(tokens)
+        state = model.start(2)
+        for pixel in (None, *tokens.flatten(1).T[:-1]):
+            _, state = model.step(pixel, state)
+    model(tokens).sum().backward()
+    assert all(p.grad is not None for p in model.blocks.parameters())
 
 
 def test_initial_weights() -> None:
@@ -139,7 +178,13 @@ def test_bert_sees_later_pixels() -> None:
         ({"depth": 0}, "depth must be"),
         ({"dim": 16.0}, "dim must be"),
         ({"name": "pixelcnn", "depth": True}, "depth must be"),
-        ({"height": 0}, "at least one row"),
+        ({"height": 0}, "height must be a whole number"),
+        ({"width": 5.0}, "width must be a whole number"),
+        ({"name": "pixelcnn", "height": 2.5}, "height must be a whole number"),
+        ({"name": "resnet", "classes": 0}, "classes must be a whole number"),
+        ({"name": "pixelcnn", "share": 10**30}, "at most 1000"),
+        ({"name": "performer", "seed": 1.5}, "seed must be a whole number"),
+        ({"name": "decay2d", "learned": "no"}, "learned must be true or false"),
         ({"backend": "cuda"}, "has no such implementation"),
         ({"position": "learnt2d"}, "did you mean 'learned2d'"),
     ],

@@ -199,3 +199,13 @@ def test_hybrid_ends_every_group_with_a_dense_layer() -> None:
 def test_bad_options_are_refused(name: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         models.build(name, height=2, width=2, vocab=3, dim=8, heads=2, **options)
+
+
+def test_compiles_for_any_number_of_images() -> None:
+    """A float of the class, such as the least normaliser, is nothing that dynamo can lift out of two layers."""
+    model: Any = models.build("linear", height=4, width=4, vocab=4, dim=16, depth=2, heads=2)
+    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+    for images in (2, 3):
+        tokens = torch.randint(4, (images, 4, 4))
+        compiled(tokens).sum().backward()
+        assert_close(compiled(tokens), model(tokens))

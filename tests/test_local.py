@@ -114,3 +114,14 @@ def test_offsets_are_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_window_that_is_no_whole_number_is_refused(name: str, option: str, value: object) -> None:
     with pytest.raises(ValueError, match=option):
         models.build(name, height=3, width=3, vocab=2, **{option: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(bool(kernels.missing("local2d")), reason=str(kernels.missing("local2d")))
+def test_a_window_whose_working_rows_outgrow_a_dense_layer_is_not_compiled() -> None:
+    def local(height: int, width: int, radius: int) -> Local2D:
+        return Local2D(Layer(Scan(Grid(height, width)), 2, 8), radius=radius)
+
+    assert local(28, 28, 13).backend == local(8, 8, 8).backend == local(256, 256, 3).backend == "compiled"
+    for height, width, radius in ((1, 64, 64), (32, 32, 32), (128, 1, 128)):
+        assert local(height, width, radius).backend == "blocked"
+        assert any("working rows" in reason for reason in local(height, width, radius).refusals("compiled"))

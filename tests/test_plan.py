@@ -135,6 +135,26 @@ def test_flops_of_many_rows_from_few(variant: str, monkeypatch: pytest.MonkeyPat
     assert figures["model", "flops"] == trace.build(request).flops()  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(
+    ("variant", "height", "width", "options"),
+    [("local2d", 96, 24, {"radius": 40}), ("block2d", 96, 24, {"block": 24, "memory": 8}),
+     ("local1d", 96, 24, {"window": 1000}), ("axial", 4, 64, {}), ("axial", 64, 4, {}),
+     ("fixed", 9, 32, {"columns": 9})],
+)  # fmt: skip
+def test_flops_whatever_the_reach_and_the_grid(
+    variant: str, height: int, width: int, options: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reach beyond the few rows that are counted, a block that does not divide them, rows unlike columns, an option
+    that only the whole width allows."""
+    told = request_for(variant, 24, depth=8)
+    model = told.config.model.model_copy(update={"options": options})
+    request = replace(told, config=told.config.model_copy(update={"model": model}), height=height, width=width)
+    monkeypatch.setattr(predict, "LONG", 1)
+    predictor = predict.Predictor(request)
+    figures = predictor._deep([(d, predict._size(r, walked=True)) for d, r in predictor._shallow(height, width)])
+    assert figures["model", "flops"] == trace.build(request).flops()  # type: ignore[operator]
+
+
 # --- against the child that really trains -----------------------------------------------------------------------------
 
 

@@ -69,6 +69,7 @@ def test_a_low_temperature_draws_the_likeliest() -> None:
     model: Any = models.build("dense1d", height=2, width=3, vocab=4, dim=16, depth=1, heads=2)
     torch.nn.init.normal_(model.head.weight)
     cold = [draw(model, 1, torch.Generator().manual_seed(seed), temperature=1e-4) for seed in range(4)]
+    cold += [draw(model, 1, torch.Generator().manual_seed(4), temperature=t) for t in (1e-30, 1e-50, 1e-320)]
     assert all(torch.equal(picture, cold[0]) for picture in cold)
 
 

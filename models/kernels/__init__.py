@@ -13,14 +13,14 @@ from .compiler import missing, unfit
 from .decode import Parts, Stack, decodes
 from .full import full
 from .linear import linear
-from .local2d import local2d, offsets
+from .local2d import local2d, offsets, working_rows
 
 if TYPE_CHECKING:
     from ..mixer import Mixer
 
 __all__ = [
     "Parts", "Stack", "block", "decodes", "full", "linear", "local2d", "missing", "offsets", "serves", "unfit",
-    "window",
+    "window", "working_rows",
 ]  # fmt: skip
 
 

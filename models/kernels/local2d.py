@@ -40,6 +40,12 @@ def offsets(height: int, width: int, radius: int) -> tuple[Tensor, Tensor]:
     return query, key
 
 
+def working_rows(height: int, width: int, radius: int) -> int:
+    """How many numbers a backward pass keeps for each thread: weights and slopes of R + 1 rows, for every offset."""
+    reach = _reach(height, width, radius)
+    return 2 * (reach + 1) * (2 * reach * (reach + 1) + 1) * (width + 2 * reach)
+
+
 def _reach(height: int, width: int, radius: int) -> int:
     """A radius beyond the grid is as good as the grid's."""
     return min(radius, max(height, width))
