@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import tyro
 from pydantic import Field
@@ -34,12 +35,19 @@ def main(argv: list[str] | None = None) -> int:
     import models
     from attnbench import storage, terminal, variants
 
+    build: Any = models.build  # the options are the variant's own to judge
     names = list(config.names) or list(models.VARIANTS)
     for name in names:
         variants.find(name)
         unknown = set(config.options) - set(models.options(name))
         if unknown:
             raise Refusal(f"{name} has no option {min(unknown)!r}; it has {', '.join(models.options(name)) or 'none'}")
+        if not config.options:
+            continue  # an own attention that cannot be built gets its table
+        try:
+            build(name, height=16, width=16, vocab=2, dim=16, depth=2, heads=2, **config.options)
+        except (ValueError, TypeError) as error:
+            raise Refusal(str(error)) from error
     storage.check_writable(config.out)
     return terminal.checks(names, config.options, config.out, threads())
 

@@ -14,6 +14,7 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -82,6 +83,7 @@ def command(main: Callable[[list[str] | None], int], stopped: str = "stopped; th
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
+        warnings.formatwarning = lambda message, *place: f"{message}\n"  # where in the code it was is nobody's concern
         try:
             check_models()
             status = main(argv)

@@ -97,9 +97,10 @@ def compare(before: Path, after: Path, config: CompareConfig) -> tuple[list[Row]
     lost = [
         f"{name} ended well before and in {new[name]['status']} now: {new[name].get('reason') or 'no reason given'}"
         for name in shared
-        if old[name]["status"] == "ok" and new[name]["status"] != "ok"
+        if _well(old[name]) and not _well(new[name])
     ]
-    both = [name for name in shared if old[name]["status"] == new[name]["status"] == "ok"]
+    lost += [f"{name} ended well before and is not there now" for name in old if name not in new and _well(old[name])]
+    both = [name for name in shared if _well(old[name]) and _well(new[name])]
     runs = frame.frame([old[name] for name in both])
     rows = [
         row
@@ -118,6 +119,10 @@ def _settings(runs: Any) -> Iterator[tuple[str, str, list[str]]]:
     for (context, setting), tries in runs.groupby(["context", "setting"], sort=False):
         for lr, own in tries.groupby("lr", sort=False, dropna=False):
             yield f"{setting} lr={lr:g}" if tries["lr"].nunique() > 1 else str(setting), str(context), list(own["id"])
+
+
+def _well(done: dict[str, Any]) -> bool:
+    return bool(done["status"] == "ok")
 
 
 def _read(folder: Path) -> list[dict[str, Any]]:

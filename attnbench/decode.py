@@ -74,7 +74,7 @@ def resize(pixels: Pixels, side: int | None, name: str) -> Pixels:
     if side > min(height, width):
         raise Refusal(
             f"{name}: side {side} does not fit images of {height}×{width}; "
-            f"choose --data.side {min(height, width)} or less"
+            f"choose a side of {min(height, width)} or less"
         )
     down, along = _overlaps(height, side), _overlaps(width, side)
     resized = np.empty((len(pixels), side, side, pixels.shape[3]), dtype=np.uint8)

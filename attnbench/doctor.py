@@ -17,7 +17,6 @@ from rich.table import Table
 
 from attnbench import cli
 from attnbench.config import Settings, threads
-from attnbench.errors import Refusal
 
 COMPILERS = ("cc", "gcc", "g++", "clang", "nvcc", "ninja")
 PACKAGES = {  # distribution -> what brings it in
@@ -110,14 +109,12 @@ def backends(only: str | None = None) -> dict[Answer, list[str]]:
     """
     # Here, not above: --help must not wait for torch.
     import models
-    from models.registry import choose
+    from attnbench import variants
 
-    if only is not None and only not in models.VARIANTS:
-        raise Refusal(str(choose("variant", only, models.VARIANTS)))
+    asked = [variants.find(only)] if only is not None else list(models.VARIANTS.values())
     found: dict[Answer, list[str]] = {}
-    for variant in models.VARIANTS.values():
-        if only in (None, variant.name):
-            found.setdefault(ask(models.build, variant.name, variant.objectives[0]), []).append(variant.name)
+    for variant in asked:
+        found.setdefault(ask(models.build, variant.name, variant.objectives[0]), []).append(variant.name)
     return found
 
 

@@ -125,7 +125,10 @@ def execute(
     """
     name = record.identify(config)
     first = distributed.first()
-    if distributed.tell(first and not config.force and record.find(config.out, name, status="ok") is not None):
+    done = record.find(config.out, name, status="ok") if first and not config.force else None
+    if done is not None:
+        _same_pictures(config, done)
+    if distributed.tell(done is not None):
         return config.out / "runs" / f"{name}.json"
     torch.set_num_threads(threads())
     if first:
@@ -150,6 +153,17 @@ def execute(
     if outcome["status"] != "oom":  # with more memory it goes on from there
         checkpoint.clear(folder)
     return path
+
+
+def _same_pictures(config: RunConfig, done: dict[str, Any]) -> None:
+    """Raises Refusal where a finished run is of other pictures than its folder holds now: ids say where, not what."""
+    if not config.data.name.startswith("folder:"):
+        return
+    if data.load(config.data).checksum != done["data"]["checksum"]:
+        raise Refusal(
+            f"{done['id']} is finished, but of other pictures than {config.data.name} holds now; --force runs it anew "
+            "and keeps its record aside, another --out leaves it where it is"
+        )
 
 
 def checkpoints(config: RunConfig) -> Path:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import math
 import re
-from collections.abc import Callable, Iterable
+import shlex
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from attnbench import figures, frame, tables
+from attnbench.config import RunConfig
 from attnbench.verdicts import CLAIMS, Verdict, texts
 
 PICTURE_BYTES = 1_000_000
@@ -239,13 +241,39 @@ def origins(runs: pd.DataFrame) -> list[dict[str, Any]]:
                 "seeds": sorted({int(seed) for seed in rows["seed"].dropna()}),
                 "commits": sorted({str(e.get("commit") or "unknown")[:12] for e in environments}),
                 "dirty": any(e.get("dirty") for e in environments),
-                "command": environments[0].get("command") or "unknown",
+                "command": command(rows["record"].iloc[0]),
                 "machine": environments[0].get("gpu") or environments[0].get("cpu") or "unknown",
             })  # fmt: skip
         found.append(
             {"anchor": links[str(setting)], "setting": setting, "contexts": contexts[:6], "more": len(contexts) - 6}
         )
     return found
+
+
+def command(done: dict[str, Any]) -> str:
+    """What makes this run again: as it was told, or of a sweep's cell by what is not as by default."""
+    told = str(frame.part(done, "environment").get("command") or "unknown")
+    if not told.endswith("attnbench.cell"):
+        return told
+    usual = dict(_flat(RunConfig().identity()))
+    differs = [(path, value) for path, value in _flat(frame.part(done, "config")) if value != usual.get(path)]
+    flags = [_flag(path, value) for path, value in differs if value is not None and path != "device"]
+    return " ".join(["python -m attnbench.run", *flags])
+
+
+def _flat(told: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in told.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield above + name, value
+
+
+def _flag(path: str, value: Any) -> str:
+    group, dot, name = path.replace("_", "-").rpartition(".")
+    if isinstance(value, bool) and not path.startswith(("model.options.", "data.options.")):
+        return f"--{group}{dot}{'' if value else 'no-'}{name}"
+    return f"--{path.replace('_', '-')} {shlex.quote(str(value))}"
 
 
 WORDS = {

@@ -132,7 +132,7 @@ def write(results: Path, folder: Path, quick: bool = False) -> Path:
         verdicts,
     )  # pandas takes a second: --help answers without it
 
-    if results.exists() and not results.is_dir():
+    if not results.is_dir():
         raise Refusal(f"{results} is no folder; name the folder of results that has runs/ in it")
     records, problems = record.read_all(results)
     runs = frame.frame(records)

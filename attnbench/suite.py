@@ -69,6 +69,15 @@ class Budget(Settings):
         return self
 
 
+ELSEWHERE = {
+    "variant": "name variants",
+    "seed": "name seeds",
+    "out": "give the sweep --out",
+    "device": "give the sweep --device",
+    "force": "give the sweep --force",
+}
+
+
 class Block(Settings):
     """Cells that share settings: every variant × every point of the grid × every seed."""
 
@@ -98,6 +107,11 @@ class Block(Settings):
 
     @model_validator(mode="after")
     def _sensible(self) -> Block:
+        for key, way_out in ELSEWHERE.items():
+            if key in self.settings or key in self.grid:
+                raise ValueError(f"block {self.name}: {key} is no setting of its cells; {way_out}")
+        if empty := [path for path, values in self.grid.items() if not values]:
+            raise ValueError(f"block {self.name}: grid {empty[0]} has no value")
         count = math.prod(map(len, (self.variants, self.seeds, *self.grid.values())))
         if count > LARGEST:
             raise ValueError(f"block {self.name} has {count:.3g} cells, more than {LARGEST}")
@@ -119,7 +133,7 @@ class Rule(Settings):
     """How a verdict is drawn: supported where the whole interval of the effect lies `above` or `below` the threshold,
     as expected; refuted where all of it lies on the other side; else undecided."""
 
-    claim: str = Field(pattern=r"^[CS]\d[a-z]?$")
+    claim: str = Field(pattern=r"^(C[1-5]|S[12])[a-z]?$")
     """C1 … C5, S1, S2; with a letter for a further statement of the same claim."""
     says: str
     """The statement under test, in words."""

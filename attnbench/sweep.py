@@ -184,9 +184,10 @@ def _interruptible() -> None:
 def ledger(config: SweepConfig, whole: Suite) -> Ledger:
     """The ledger of a suite. Failures that are to be run again count as unknown: those that stand now, and not what
     becomes of them in this sweep or in another one beside it."""
-    from attnbench import budget, experiment, schedule, suite
+    from attnbench import budget, experiment, schedule, suite, verdicts
     from models import VARIANTS
 
+    verdicts.check(whole, VARIANTS)
     # What the machine that a cell will run on has, this one cannot know.
     resolve = partial(experiment.resolve, cuda=True if config.engine != "local" and config.device == "cuda" else None)
     base = resolve(RunConfig(out=config.out, device=config.device))

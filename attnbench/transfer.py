@@ -127,7 +127,10 @@ def main(argv: list[str] | None = None) -> int:
     run = trained.load(config.record, config.data_root, config.own)
     out = config.out or run.config.out / "transfer"
     storage.check_writable(out)
-    done = [evaluate_at(run, side, config.images, out, config.force) for side in numbers(config.sides)]
+    sides = numbers(config.sides)
+    for side in sides:
+        run.pixels("test", side)  # refused, if it is, before any of them is evaluated
+    done = [evaluate_at(run, side, config.images, out, config.force) for side in sides]
     shown = Table(title=f"{run.record['id']}, trained at {run.shape[0]}×{run.shape[1]}", title_justify="left")
     for heading in ("side", "tables of places", "nats/token"):
         shown.add_column(heading, justify="right")

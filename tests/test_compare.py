@@ -40,6 +40,18 @@ def shifted(amount: float, *, variant: str | None = None) -> Change:
     return change
 
 
+def test_a_run_that_is_gone_or_damaged_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = [synthetic.one("dense1d", s) for s in range(4)]
+    folders = [synthetic.write(tmp_path / name, runs) for name, runs in (("a", before), ("b", before[:3]))]
+    path = folders[1] / "runs" / f"{before[0]['id']}.json"
+    path.write_text(path.read_text()[:500])
+    assert cli.command(compare.main)([str(folder) for folder in folders]) == 1
+    said = capsys.readouterr().out
+    assert "2 lost runs" in said and all(
+        f"{before[s]['id']} ended well before and is not there" in said for s in (0, 3)
+    )
+
+
 def test_a_run_at_a_rate_that_lost_is_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = [synthetic.one("dense1d", s, lr=lr, nats=n) for s in range(3) for lr, n in ((5e-3, 1.4), (8e-3, 1.3))]
     after = copy.deepcopy(before)

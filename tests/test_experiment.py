@@ -108,6 +108,26 @@ def test_a_probe_that_would_be_shown_one_class_is_refused_before_training(
     assert not (tmp_path / "OUT").exists()
 
 
+def test_a_finished_run_is_not_shown_for_other_pictures(tmp_path: Path) -> None:
+    def pictures(seed: int) -> None:
+        draw = np.random.default_rng(seed)
+        for number in range(60):
+            folder = tmp_path / "PICTURES" / "ab"[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw.integers(0, 256, (4, 4), dtype=np.uint8)).save(folder / f"{number}.png")
+
+    told = {"data": {"name": f"folder:{tmp_path / 'PICTURES'}", "tokens": "palette", "colours": 4}}
+    pictures(0)
+    path = experiment.execute(settings(tmp_path / "OUT", **told))
+    done = record.read(path)
+    assert experiment.execute(settings(tmp_path / "OUT", **told)) == path
+    pictures(1)
+    with pytest.raises(Refusal, match="is finished, but of other pictures"):
+        experiment.execute(settings(tmp_path / "OUT", **told))
+    again = record.read(experiment.execute(settings(tmp_path / "OUT", force=True, **told)))
+    assert again["id"] == done["id"] and again["data"]["checksum"] != done["data"]["checksum"]
+
+
 def test_weights_and_tokeniser_that_are_not_the_runs_are_refused(tmp_path: Path) -> None:
     one, other = (experiment.execute(settings(tmp_path, seed=seed)) for seed in (0, 1))
     places = [tmp_path / "artifacts" / path.stem for path in (one, other)]

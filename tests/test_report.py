@@ -7,6 +7,7 @@ import html.parser
 import json
 import os
 import re
+import shlex
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from attnbench import cli, frame, published, record, report, suite, sweep
+from attnbench import cli, experiment, frame, page, published, record, report, suite, sweep
+from attnbench.config import RunConfig
 from tests import synthetic_records as synthetic
 
 PNG = bytes.fromhex(
@@ -435,3 +437,20 @@ def test_a_record_that_never_knew_a_setting_compares_with_those_that_do() -> Non
     assert frame.frame([old, new])["chosen"].tolist() == [True, False]
     new["config"]["data"]["revision"] = "0123"
     assert frame.context_key(old) != frame.context_key(new)
+
+
+def test_the_command_of_a_sweeps_cell_makes_that_very_run() -> None:
+    told: dict[str, Any] = {
+        "variant": "local2d", "position": "rope2d", "scan": "snake", "seed": 3, "measure": False,
+        "data": {"name": "source:above", "levels": 4, "side": 6}, "probe": {"enabled": False},
+        "model": {"dim": 16, "options": {"radius": 2}}, "train": {"steps": 7, "lr": 1e-2, "compile": True},
+    }  # fmt: skip
+    config = experiment.resolve(RunConfig.model_validate(told))
+    done = {"config": config.identity(), "environment": {"command": "python -m attnbench.cell"}}
+    found = page.command(done)
+    program = "python -m attnbench.run "
+    assert found.startswith(program)
+    again = cli.parse(RunConfig, shlex.split(found.removeprefix(program)), prog="attnbench.run")
+    assert record.identify(experiment.resolve(again)) == record.identify(config)
+    mine = {"environment": {"command": "python -m attnbench.run --variant linear"}}
+    assert page.command(mine) == "python -m attnbench.run --variant linear"

@@ -145,12 +145,26 @@ RULE = {"claim": "C4", "says": "x", "pairs": [{"these": {"variant": "linear"}, "
         ({"rules": [RULE | {"pairs": [{"these": {"variant": "linear"}}]}]}, "needs both"),
         ({"rules": [RULE | {"threshold": float("nan")}]}, "threshold"),
         ({"includes": ["quik"]}, "did you mean quick"),
+        ({"blocks": [BLOCK | {"settings": {"seed": 4}}]}, "seed is no setting of its cells; name seeds"),
+        ({"blocks": [BLOCK | {"grid": {"train.lr": []}}]}, "train.lr has no value"),
+        ({"rules": [RULE | {"claim": "C9"}]}, "claim"),
+        ({"rules": [RULE | {"where": {"train.stesp": 10}}]}, "did you mean 'train.steps'"),
+        ({"rules": [RULE | {"pairs": [{"these": {"variant": "linaer"}, "those": {}}]}]}, "did you mean 'linear'"),
+        ({"rules": [RULE | {"metric": "nats_per_tokn"}]}, "did you mean 'nats_per_token'"),
+        ({"rules": [RULE | {"correction": "typo"}]}, "unknown rule C4: correction 'typo'"),
     ],
 )
 def test_a_bad_suite_is_refused_in_one_line(tmp_path: Path, told: dict[str, Any], said: str) -> None:
     with pytest.raises(Refusal, match=said) as refusal:
-        suite.cells(written(tmp_path, **told), KNOWN, BASE)
+        whole = written(tmp_path, **told)
+        suite.cells(whole, KNOWN, BASE)
+        verdicts.check(whole, KNOWN)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", [one.name for one in suite.packaged()])
+def test_rules_of_the_packaged_suites_name_what_there_is(name: str) -> None:
+    verdicts.check(suite.load(name), KNOWN)
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "a: [", "question: !!python/object/apply:os.system [ls]\n", ""])
