@@ -277,7 +277,8 @@ def runs(scan: Scan, window: int, length: int = 64) -> Tiles:
 def classes(scan: Scan, stride: int) -> Tiles:
     """Every `stride`-th pixel together, for the second part of strided; without the start token."""
     size = scan.grid.size
-    first = torch.arange(min(stride, size))[:, None]
+    stride = min(stride, size)
+    first = torch.arange(stride)[:, None]
     places = _inside(first + torch.arange(0, size, stride)[None, :], size)
     return Tiles(places, _holders(scan, places))
 
@@ -285,6 +286,7 @@ def classes(scan: Scan, stride: int) -> Tiles:
 def runs_and_ends(scan: Scan, stride: int, columns: int) -> Tiles:
     """Runs of `stride` pixels of the scan, for fixed: the run, and the last `columns` of the other runs."""
     size = scan.grid.size
+    stride, columns = min(stride, size), min(columns, size)  # of a single run the ends are its own
     first = torch.arange(0, size, stride)[:, None]
     own = _inside(first + torch.arange(stride)[None, :], size)
     ends = first + torch.arange(stride - columns, stride)[None, :]
@@ -326,6 +328,7 @@ def lines(scan: Scan, axis: Literal["row", "col"]) -> Tiles:
 def _stretches(limit: int, length: int, before: int, after: int, step: int) -> tuple[Tensor, Tensor]:
     """An axis of `limit` places cut into stretches of `length`, every `step`-th place going together: the places of
     each, and those with a halo, (stretches, places), -1 outside."""
+    step = min(step, limit)
     most = -(-limit // step)
     length, before, after = min(length, most), min(before, most), min(after, most)
     first = torch.arange(0, limit, length * step)[:, None] + torch.arange(step)[None, :]

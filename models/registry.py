@@ -61,11 +61,17 @@ def variant(
     return register
 
 
+MOST = 2**31 - 1
+"""Beyond any image; sums of a few such numbers still are slots that a tensor can hold."""
+
+
 def positive(name: str, value: object, zero: str = "") -> int:
-    """The value, if it is a whole number of at least 1, or 0 where that stands for `zero`; else ValueError."""
+    """The value, if it is a whole number from 1 to MOST, or 0 where that stands for `zero`; else ValueError."""
     if not isinstance(value, int) or isinstance(value, bool) or value < (0 if zero else 1):
         or_zero = f", or 0 for {zero}" if zero else ""
         raise ValueError(f"{name} must be a whole number, at least 1{or_zero}, not {value!r}")
+    if value > MOST:
+        raise ValueError(f"{name} must be at most {MOST:,}, not {value!r}")
     return value
 
 

@@ -165,6 +165,7 @@ def test_bert_sees_later_pixels() -> None:
         ({"radius": 0}, "at least 1"),
         ({"radius": 1.5}, "whole number"),
         ({"radius": True}, "radius must be a whole number"),
+        ({"radius": 10**20}, "radius must be at most"),
         ({"name": "linear", "chunk": -1}, "chunk must be a whole number, at least 1, or 0 for a fitting one, not -1"),
         ({"name": "linear", "chunk": False}, "chunk must be a whole number"),
         ({"name": "performer", "features": True}, "features must be a whole number"),
