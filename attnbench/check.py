@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             build(name, height=16, width=16, vocab=2, dim=16, depth=2, heads=2, **config.options)
         except (ValueError, TypeError) as error:
-            raise Refusal(str(error)) from error
+            raise Refusal(f"{error}; choose another") from error
     storage.check_writable(config.out)
     return terminal.checks(names, config.options, config.out, threads())
 
