@@ -121,10 +121,13 @@ def test_resize_leaves_a_flat_image_flat() -> None:
     assert set(decode.resize(np.full((2, 64, 48, 3), 201, np.uint8), 7, "x").ravel()) == {201}
 
 
-@pytest.mark.parametrize("name, side, way_out", [("digits", 9, "8"), ("photos", 65, "64"), ("digits", 0, "1")])
+@pytest.mark.parametrize(
+    "name, side, way_out",
+    [("digits", 9, "a side of 8"), ("photos", 65, "a side of 64"), ("digits", 0, "--data.side 1")],
+)
 def test_a_side_that_does_not_fit_is_refused(name: str, side: int, way_out: str) -> None:
     message = refused(name, side=side)
-    assert f"side {side} does not fit" in message and f"--data.side {way_out}" in message
+    assert f"side {side} does not fit" in message and f"choose {way_out}" in message
 
 
 # --- photos -----------------------------------------------------------------------------------------------------------
