@@ -10,9 +10,9 @@ left.  Step by step, with a state for every column, A[r, c] = Σ_{r' < r} λ_row
     out[r, c] ∝ q · ( Σ_c' λ_col^|c-c'| A[r, c']  +  Σ_{c' < c} λ_col^(c-c') X[r, c'] ),
 
 and the sum over c' is two scans, one from the left and one from the right: O(d²) a pixel whatever the width.  `advance`
-does that.  As matrix products: rows are cut into bands of B, columns into strips of C, and a pair of pixels is served
-in one of three ways.  B = C = 8 or a little
-less unless told otherwise; the weight's two factors let each stand on its own side.
+and the kernel for CPU do that.  As matrix products ("blocked"): rows are cut into bands of B, columns into strips of C,
+and a pair of pixels is served in one of three ways.  B = C = 8 or a little less unless told otherwise; the weight's two
+factors let each stand on its own side.
 
     inside    same band, same strip: the B·C pixels of a tile against each other.             O(B·C·d) a pixel
     sideways  same band, another strip: for every row of a strip the states of its two ends,
@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from . import geometry, reference
+from . import geometry, kernels, reference
 from .gated import EPS, normalised
 from .mixer import Layer
 from .recurrence import Recurrent, carried, widened
@@ -70,18 +70,22 @@ class Decay2D(Recurrent):
     λ_row and λ_col are 1 - 2^(-1-h) for the head h = 0 … heads - 1: RetNet's spread, four octaves shorter, since they
     count rows and columns and not slots.  The start token has no coordinate: its weight is 1 everywhere.  With
     objective "bert" all pixels are read, with |Δrow|.
-    learned: both are parameters of a head that start there; a training step then takes about 1.6 times as long.
-    band, strip: the most rows and columns of a tile.
+    learned: both are parameters of a head that start there, which "blocked" alone has gradients for.
+    band, strip: the most rows and columns of a tile of "blocked".
+    "compiled": a C++ kernel for CPU, which carries the states from pixel to pixel, knows no tiles and keeps none.
 
     Raises ValueError for a scan other than the raster: what is earlier would not be whole rows and a part of one.
     """
 
+    backends: tuple[str, ...] = ("compiled", "blocked")
+
     def __init__(self, layer: Layer, *, learned: bool = False, band: int = 8, strip: int = 8) -> None:
-        super().__init__(layer)
         if layer.scan.order != "raster":
             raise ValueError(f"decay2d sums whole earlier rows, which needs scan 'raster', not {layer.scan.order!r}")
         if not isinstance(learned, bool):
             raise ValueError(f"learned must be true or false, not {learned!r}")
+        self.learned = learned  # before the base asks whether a backend can serve it
+        super().__init__(layer)
         self.band = evened(layer.scan.grid.height, positive("band", band))
         self.strip = evened(layer.scan.grid.width, positive("strip", strip))
         self.unit = self.band * layer.scan.grid.width
@@ -91,6 +95,13 @@ class Decay2D(Recurrent):
             self.log_rates = nn.Parameter(rates)  # (2, heads): λ = exp(-exp(·)) of rows and of columns
         else:
             self.register_buffer("log_rates", rates, persistent=False)
+
+    def refusals(self, backend: str) -> list[str]:
+        reasons = super().refusals(backend)
+        if backend != "compiled" or reasons:
+            return reasons
+        learned = ["has no gradient of learned rates"] if self.learned else []
+        return learned + [reason for reason in [kernels.missing("decay2d")] if reason]
 
     def faded(self, axis: int, distance: Tensor, like: Tensor) -> Tensor:
         """λ_row (axis 0) or λ_col (axis 1) to the power of distances ≥ 0: (heads, *distance.shape), of like's dtype."""
@@ -102,14 +113,19 @@ class Decay2D(Recurrent):
         if scan.causal:
             start = (q @ k[:, :, :1].mT) @ v[:, :, :1]
             # By what they hold: slot p + 1 holds pixel p, and none the last pixel.
-            contents = [F.pad(x[:, :, 1:], (0, 0, 0, 1)) for x in (k, v)]
-            return normalised(start + self._earlier(q, *contents))
-        later = self._earlier(q.flip(2), k.flip(2), v.flip(2)).flip(2)  # turned by 180°, later is earlier
-        return normalised((q * k).sum(-1, keepdim=True) * v + self._earlier(q, k, v) + later)
+            k, v = (F.pad(x[:, :, 1:], (0, 0, 0, 1)) for x in (k, v))
+            return normalised(start + self._earlier(q, k, v))
+        both = self._earlier(q, k, v) + self._earlier(q, k, v, later=True)
+        return normalised((q * k).sum(-1, keepdim=True) * v + both)
 
-    def _earlier(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Each pixel's sum over raster-earlier pixels, all (batch, heads, pixels, head_dim)."""
+    def _earlier(self, q: Tensor, k: Tensor, v: Tensor, later: bool = False) -> Tensor:
+        """Each pixel's sum over raster-earlier pixels, or over later ones, all (batch, heads, pixels, head_dim)."""
         grid = self.layer.scan.grid
+        if kernels.serves(self, q, k, v):
+            fades = torch.stack([self.faded(axis, torch.ones((), device=q.device), q) for axis in (0, 1)])
+            return kernels.decay2d(q, k, v, fades, grid.height, grid.width, later)
+        if later:  # turned by 180°, later is earlier
+            return self._earlier(q.flip(2), k.flip(2), v.flip(2)).flip(2)
         q, k, v = (self._tiled(x.unflatten(2, (grid.height, grid.width))) for x in (q, k, v))
         out = self._inside(q, k, v)
         if q.shape[4] > 1:
@@ -213,16 +229,19 @@ class Decay2D(Recurrent):
         return normalised(q * q.shape[-1] ** -0.5 @ (state.start + state.left + state.above[:, :, col])), state
 
     def flops(self) -> int:
-        """The matrix products on whole tiles: inside, sideways, above, and the start token."""
+        """The matrix products: two states a pixel, made and read, or whole tiles; and the start token's."""
+        grid, d = self.layer.scan.grid, self.layer.head_dim
+        start, sums = 4 * grid.size * d, 8 * grid.size * d * d if self.backend == "compiled" else self._tile_flops()
+        return self.layer.heads * (sums + start if self.layer.scan.causal else 2 * sums)
+
+    def _tile_flops(self) -> int:
+        """Of a head: inside, sideways, above."""
         d, band, strip, grid = self.layer.head_dim, self.band, self.strip, self.layer.scan.grid
-        bands, strips = -(-grid.height // band), -(-grid.width // strip)
-        tile = band * strip
+        bands, strips, tile = -(-grid.height // band), -(-grid.width // strip), band * strip
         inside = bands * strips * 4 * tile * tile * d
         sideways = 2 * bands * (strips - 1) * (4 * tile * d * d + 2 * band * band * d * d)
         above = (bands - 1) * strips * (4 * tile * d * d + 2 * strip * strip * d * d)
-        start = 4 * self.layer.size * d
-        sums = inside + sideways + above
-        return self.layer.heads * (sums + start if self.layer.scan.causal else 2 * sums)
+        return inside + sideways + above
 
 
 def evened(side: int, most: int) -> int:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from models import build, geometry, kernels, reference
+from models.decay2d import Decay2D
 from models.full import Dense
 from models.geometry import Grid, Scan
 from models.kernels import compiler
@@ -26,7 +27,8 @@ from models.mixer import Layer, Mixer
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 needs_compiler = pytest.mark.skipif(
-    any(map(kernels.missing, ("local2d", "linear", "full", "decode"))), reason=str(kernels.missing("local2d"))
+    any(map(kernels.missing, ("local2d", "linear", "full", "decode", "decay2d"))),
+    reason=str(kernels.missing("local2d")),
 )
 GRIDS = [(1, 1), (1, 7), (7, 1), (3, 5), (5, 3), (11, 13), (2, 37), (19, 17)]
 TOLERANCES = {torch.float64: (1e-12, 1e-10), torch.float32: (1e-5, 1e-4)}
@@ -96,6 +98,29 @@ def square(seq: int, causal: bool = True, shift: int = 0) -> Attend:
     return lambda q, k, v: reference.softmax_attention(q, k, v, mask)
 
 
+def fades(q: Tensor) -> Tensor:
+    """λ_row and λ_col of every head, all different."""
+    return torch.linspace(0.4, 0.95, 2 * q.shape[1], dtype=q.dtype).view(2, -1)
+
+
+def fading(height: int, width: int, later: bool = False) -> Attend:
+    return lambda q, k, v: kernels.decay2d(q * q.shape[-1] ** -0.5, k, v, fades(q), height, width, later)
+
+
+def faded(height: int, width: int, later: bool = False, swapped: bool = False) -> Attend:
+    """The oracle of decay2d: pixels by their slots; or, wrongly, columns for rows."""
+    slot = torch.arange(height * width)
+    rows, cols = (abs(x[:, None] - x[None, :]) for x in (slot // width, slot % width))
+    seen = slot[:, None] < slot[None, :] if later else slot[:, None] > slot[None, :]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        down, across = fades(q).flip(0) if swapped else fades(q)
+        weight = down[:, None, None] ** rows * across[:, None, None] ** cols * seen
+        return reference.weighted_attention(q, k, v, weight) / q.shape[-1] ** 0.5
+
+    return attend
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("radius", [1, 3, 20])
@@ -152,6 +177,24 @@ def test_a_shifted_mask_is_noticed(shift: int) -> None:
 def test_linear_equals_its_oracle(seq: int, dtype: torch.dtype) -> None:
     for dim in (1, 5, 16, 39):
         assert_same(scanned, recurrent, *inputs(2, 3, seq, dim, dtype))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(("height", "width"), GRIDS)
+def test_decay2d_equals_its_oracle(height: int, width: int, later: bool, dtype: torch.dtype) -> None:
+    for dim in (1, 5, 8, 16, 39):
+        assert_same(
+            fading(height, width, later), faded(height, width, later), *inputs(2, 3, height * width, dim, dtype)
+        )
+
+
+@needs_compiler
+def test_decay2d_with_its_axes_swapped_or_on_the_wrong_side_is_noticed() -> None:
+    for wrong in (faded(3, 5, swapped=True), faded(3, 5, later=True)):
+        with pytest.raises(AssertionError, match="not close"):
+            assert_same(fading(3, 5), wrong, *inputs(1, 1, 15, 4))
 
 
 @needs_compiler
@@ -256,7 +299,7 @@ def test_linear_that_forgets_the_query_s_own_slot_is_noticed() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned, whole])
+@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned, whole, fading(3, 5)])
 def test_views_and_expanded_gradients_are_read_by_their_strides(attend: Attend) -> None:
     torch.manual_seed(0)
     trunk = torch.randn(2, 15, 3, 4, 8, dtype=torch.float64, requires_grad=True)  # as qkv lies in the trunk
@@ -271,7 +314,7 @@ def test_views_and_expanded_gradients_are_read_by_their_strides(attend: Attend) 
 
 
 @needs_compiler
-@pytest.mark.parametrize("attend", [local(9, 5, 2), scanned, whole])
+@pytest.mark.parametrize("attend", [local(9, 5, 2), scanned, whole, fading(9, 5)])
 def test_the_number_of_threads_changes_no_bit(attend: Attend) -> None:
     before, results = torch.get_num_threads(), []
     try:
@@ -287,7 +330,7 @@ def test_the_number_of_threads_changes_no_bit(attend: Attend) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned, whole])
+@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned, whole, fading(3, 5)])
 def test_operators_work_under_compile_and_with_fake_and_meta_tensors(attend: Attend) -> None:
     q, k, v = inputs(2, 2, 15, 4)
     for got, want in zip(
@@ -307,7 +350,7 @@ def test_operators_work_under_compile_and_with_fake_and_meta_tensors(attend: Att
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned, whole])
+@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned, whole, fading(3, 5)])
 def test_what_is_no_number_is_not_hidden(attend: Attend, dtype: torch.dtype) -> None:
     """Of either sign: an x86's own is negative."""
     for index, sign in itertools.product(range(3), (1.0, -1.0)):
@@ -341,6 +384,7 @@ def test_great_scores_neither_overflow_nor_vanish() -> None:
     [
         ("full", "full_forward", (1, 1, 1, 2**50, 1, 0), 8),
         ("linear", "linear_forward", (1, 1, 1, 1, 2**50, 0, 1), 6),
+        ("decay2d", "decay2d", (1, 1, 1, 2**50, 1, 1, 0), 5),
         ("local2d", "local2d_forward", (1, 1, 1, 1, 2**50, 1), 6),
         ("local2d", "local2d_backward", (2**50, 1, 1, 1, 1, 1), 11),
     ],
@@ -360,6 +404,9 @@ def test_auto_takes_the_kernel_and_refuses_it_with_every_reason() -> None:
     assert Local2D(Layer(Scan(Grid(3, 5)), 2, 4)).backend == "compiled"
     assert Linear(Layer(Scan(Grid(3, 5)), 2, 4)).backend == "compiled"
     assert Dense(Layer(Scan(Grid(3, 5), "bert", "hilbert"), 2, 4)).backend == "compiled"
+    assert Decay2D(Layer(Scan(Grid(3, 5), "bert"), 2, 4)).backend == "compiled"
+    learned = Decay2D(Layer(Scan(Grid(3, 5)), 2, 4), learned=True)
+    assert (learned.backend, learned.refusals("compiled")) == ("blocked", ["has no gradient of learned rates"])
     assert Dense(Layer(Scan(Grid(3, 5)), 2, 4, biased=True, relates="distance")).backend == "compiled"
     dense = Dense(Layer(Scan(Grid(3, 5)), 2, 4, biased=True))
     assert dense.backend == "blocked"
@@ -372,11 +419,11 @@ def test_auto_takes_the_kernel_and_refuses_it_with_every_reason() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("cls", [Local2D, Linear, CosFormer, Dense])
+@pytest.mark.parametrize("cls", [Local2D, Linear, CosFormer, Dense, Decay2D])
 def test_every_backend_agrees(cls: type[Mixer]) -> None:
     scan = Scan(Grid(5, 7))
     for name in ("compiled", "blocked"):
-        mixer = cls(Layer(scan, 2, 8, backend=name))
+        mixer = cls(Layer(scan, 2, 8, backend=name)).double()
         assert_same(mixer, mixer.oracle, *inputs(2, 2, 35, 8))
 
 
@@ -403,7 +450,7 @@ def test_tensors_of_two_dtypes_are_refused(cls: type[Mixer]) -> None:
 
 @needs_compiler
 @pytest.mark.serial
-@pytest.mark.parametrize("attend", [local(64, 64, 3), scanned], ids=["local2d", "linear"])
+@pytest.mark.parametrize("attend", [local(64, 64, 3), scanned, fading(64, 64)], ids=["local2d", "linear", "decay2d"])
 def test_forward_and_backward_beat_dense_attention_at_64_by_64(attend: Attend) -> None:
     """The aim is 12×, and 20× and more are measured; 6× must hold beside whatever else this machine does."""
     q, k, v = inputs(2, 4, 4096, 32, torch.float32)
