@@ -146,15 +146,15 @@ def context_key(record: Record, without: Iterable[str] = ()) -> str:
     left_out = (
         {*without} | ({"data.name"} if "data" in without else set()) | ({"data.side"} if "side" in without else set())
     )
-    flat = {
+    told = {
         path: value
-        for path, value in _flat(part(record, "config")).items()
+        for path, value in flat(part(record, "config")).items()
         if not _under(path, (*SETTING, *_NOT_CONTEXT, *left_out))
         and (path not in _DEFAULTS or value != _DEFAULTS[path])
     }
     if "side" not in without and "data" not in without:
-        flat["checksum"] = part(record, "data").get("checksum")
-    return json.dumps(flat, sort_keys=True, default=str)
+        told["checksum"] = part(record, "data").get("checksum")
+    return json.dumps(told, sort_keys=True, default=str)
 
 
 def alike(runs: pd.DataFrame, *without: str) -> pd.Series:
@@ -285,7 +285,7 @@ def context(record: Record, without: Iterable[str] = ()) -> str:
         words.append(str(model.get("objective")))
     words += [
         f"{path.removeprefix('train.').replace('.', ' ')} {value}"
-        for path, value in _flat(config).items()
+        for path, value in flat(config).items()
         if not _under(path, (*SETTING, *_NOT_CONTEXT, *_SHOWN, *without)) and value not in _usual(path)
     ]
     return ", ".join(words)
@@ -296,14 +296,12 @@ def _usual(path: str) -> tuple[Any, ...]:
     return (*(["float32"] if path == "train.precision" else []), *([_DEFAULTS[path]] if path in _DEFAULTS else []))
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    found: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
 
 
 def _under(path: str, roots: Iterable[str]) -> bool:
@@ -348,4 +346,4 @@ def _twice(runs: pd.DataFrame) -> pd.Series:
     return repeated.reindex(runs.index, fill_value=False)
 
 
-_DEFAULTS = _flat(RunConfig.model_construct(variant="").model_dump(mode="json"))
+_DEFAULTS = flat(RunConfig.model_construct(variant="").model_dump(mode="json"))

@@ -6,7 +6,7 @@ import base64
 import math
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -255,18 +255,10 @@ def command(done: dict[str, Any]) -> str:
     told = str(frame.part(done, "environment").get("command") or "unknown")
     if not told.endswith("attnbench.cell"):
         return told
-    usual = dict(_flat(RunConfig().identity()))
-    differs = [(path, value) for path, value in _flat(frame.part(done, "config")) if value != usual.get(path)]
+    usual, config = (frame.flat(told) for told in (RunConfig().identity(), frame.part(done, "config")))
+    differs = [(path, value) for path, value in config.items() if value != usual.get(path)]
     flags = [_flag(path, value) for path, value in differs if value is not None and path != "device"]
     return " ".join(["python -m attnbench.run", *flags])
-
-
-def _flat(told: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in told.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{above}{name}.")
-        else:
-            yield above + name, value
 
 
 def _flag(path: str, value: Any) -> str:

@@ -7,7 +7,6 @@ What a source promises, and the shapes, are in source.py. No torch.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from attnbench.errors import Refusal
+from attnbench.errors import Refusal, nearest
 from attnbench.source import Floats, Images, Mask, Source, earlier, flag, number, share, surprise, whole
 
 
@@ -339,14 +338,9 @@ def build_source(name: str, *, height: int, width: int, colours: int, **options:
     Raises Refusal: an unknown name or option (with the nearest known), a shape, colours or option that do not fit.
     """
     if name not in SOURCES:
-        raise Refusal(f"unknown source {name!r}; {_nearest(name, list(SOURCES))}")
+        raise Refusal(f"unknown source {name!r}; {nearest(name, SOURCES)}")
     known = [field.name for field in dataclasses.fields(SOURCES[name])][3:]
     for option in options:
         if option not in known:
-            raise Refusal(f"unknown option {option!r} of source {name}; {_nearest(option, known)}")
+            raise Refusal(f"unknown option {option!r} of source {name}; {nearest(option, known)}")
     return SOURCES[name](height, width, colours, **options)
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"

@@ -32,7 +32,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_v
 
 from attnbench import schema
 from attnbench.config import RunConfig, Scalar, Settings
-from attnbench.errors import Refusal
+from attnbench.errors import Refusal, nearest
 
 FOLDER = Path(__file__).with_name("suites")
 
@@ -319,9 +319,7 @@ def _variants(suite: str, block: Block, known: Mapping[str, str]) -> list[str]:
 
 
 def _unknown(suite: str, block: Block, what: str, name: str, known: Any) -> Refusal:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(set(known)))}"
-    return Refusal(f"suite {suite}, block {block.name}: unknown {what} {name!r}; {hint}")
+    return Refusal(f"suite {suite}, block {block.name}: unknown {what} {name!r}; {nearest(name, known)}")
 
 
 def shown(selector: Selector) -> str:

@@ -91,10 +91,9 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
     latest = well.groupby(["context", "setting"])
     costs = latest[["parameters", *COSTS, "training_flops", "seconds"]].last()  # of each figure that is there
     tried = runs.groupby(["context", "setting"])["lr"]
-    costs["rates_tried"], costs["largest_rate"] = tried.nunique(), tried.max()
+    costs["rates_tried"], costs["most"] = tried.nunique(), tried.max()
     table = pd.DataFrame(rows).merge(costs.reset_index(), on=["context", "setting"])
-    at_the_edge = (table["rates_tried"] > 1) & (table["lr"] == table["largest_rate"])
-    table["largest_rate"] = np.where(at_the_edge, "yes", "")
+    table["largest_rate"] = np.where((table["rates_tried"] > 1) & (table["lr"] == table.pop("most")), "yes", "")
     table["commit"] = table.pop("commit")
     return table.sort_values(["context", "nats_per_token"], ignore_index=True)
 

@@ -7,10 +7,9 @@ too little run: undecided, with how many more seeds would decide. All rules of a
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import yaml
 
 from attnbench import frame, stats
 from attnbench.config import RunConfig
-from attnbench.errors import Refusal
+from attnbench.errors import Refusal, nearest
 from attnbench.suite import Pair, Rule, Selector, Suite, shown
 
 CLAIMS = ("C1", "C2", "C3", "C4", "C5", "S1", "S2")
@@ -245,35 +244,26 @@ def _unscale(rule: Rule, value: float | None) -> float | None:
 def check(suite: Suite, variants: Collection[str]) -> None:
     """Raises Refusal for a rule that means nothing there is, and would wait for it for ever."""
     figures = (*frame.METRICS, *frame.DERIVED, "tokens", "height", "width", "lr")
-    settings = (*frame.RUN, "data", "side", *_paths(RunConfig().model_dump()))
+    settings = (*frame.RUN, "data", "side", *frame.flat(RunConfig().model_dump()))
     corrections = texts()["corrections"]
     for rule in suite.rules:
         of = f"rule {rule.claim}: "
         for figure in (rule.metric, rule.against):
-            _known(of + "figure", figure, figures)
+            _known(of, "figure", figure, figures)
         if rule.correction is not None:
-            _known(of + "correction", rule.correction, corrections)
+            _known(of, "correction", rule.correction, corrections)
         for selector in (rule.where, *(side for pair in rule.pairs for side in (pair.these, pair.those or {}))):
             for path, value in selector.items():
                 if not path.startswith(("model.options.", "data.options.")):
-                    _known(of + "setting", path, settings)
+                    _known(of, "setting", path, settings)
                 for name in value if isinstance(value, tuple) else (value,):
                     if path == "variant" and ":" not in str(name):
-                        _known(of + "variant", str(name), variants)
+                        _known(of, "variant", str(name), variants)
 
 
-def _paths(told: Mapping[str, Any], above: str = "") -> Iterator[str]:
-    """The dotted names of settings, those of groups too."""
-    for name, value in told.items():
-        yield above + name
-        if isinstance(value, dict):
-            yield from _paths(value, f"{above}{name}.")
-
-
-def _known(what: str, name: str, known: Collection[str]) -> None:
+def _known(of: str, what: str, name: str, known: Collection[str]) -> None:
     if name not in known:
-        near = difflib.get_close_matches(name, sorted(known), n=1)
-        raise Refusal(f"unknown {what} {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise Refusal(f"{of}unknown {what} {name!r}; {nearest(name, known)}")
 
 
 # The kinds of rules: from records to a table of effects, a row a seed and a column a test image (or a single column).

@@ -101,7 +101,7 @@ class Decay2D(Recurrent):
         if backend != "compiled" or reasons:
             return reasons
         learned = ["has no gradient of learned rates"] if self.learned else []
-        return learned + [reason for reason in [kernels.missing("decay2d")] if reason]
+        return learned + [reason for reason in [kernels.missing("decay")] if reason]
 
     def faded(self, axis: int, distance: Tensor, like: Tensor) -> Tensor:
         """λ_row (axis 0) or λ_col (axis 1) to the power of distances ≥ 0: (heads, *distance.shape), of like's dtype."""
@@ -123,7 +123,7 @@ class Decay2D(Recurrent):
         grid = self.layer.scan.grid
         if kernels.serves(self, q, k, v):
             fades = torch.stack([self.faded(axis, torch.ones((), device=q.device), q) for axis in (0, 1)])
-            return kernels.decay2d(q, k, v, fades, grid.height, grid.width, later)
+            return kernels.decayed2d(q, k, v, fades, grid.height, grid.width, later)
         if later:  # turned by 180°, later is earlier
             return self._earlier(q.flip(2), k.flip(2), v.flip(2)).flip(2)
         q, k, v = (self._tiled(x.unflatten(2, (grid.height, grid.width))) for x in (q, k, v))

@@ -11,13 +11,14 @@ state (batch, heads, head_dim, head_dim).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends, reference
+from . import backends, kernels, reference
 from .mixer import Layer
 from .recurrence import Recurrent, channelwise, decayed, delta
 from .registry import variant
@@ -28,9 +29,12 @@ gated = partial(variant, family="gated", time="O(n·d²)", memory="O(n·d)", obj
 
 
 class Fading(Recurrent):
-    """Base: S_t = exp(log_decay_t) ∘ S_{t-1} + k_t v_tᵀ, out_t = q_t S_t / √d, root mean square 1."""
+    """Base: S_t = exp(log_decay_t) ∘ S_{t-1} + k_t v_tᵀ, out_t = q_t S_t / √d, root mean square 1.
 
-    backends: tuple[str, ...] = ("blocked", "fla")
+    "compiled": a C++ kernel for CPU, which sums slot by slot, knows no chunks and keeps no state.
+    """
+
+    backends: tuple[str, ...] = ("compiled", "blocked", "fla")
     fla_limit = 0
     """Channels of the widest head that the kernel of flash-linear-attention takes; 0 for any."""
 
@@ -38,6 +42,8 @@ class Fading(Recurrent):
         reasons = super().refusals(backend)
         if backend == "fla":
             reasons += backends.fla_reasons(self.layer.scan, self.layer.head_dim, self.fla_limit)
+        if backend == "compiled" and not reasons:
+            return [reason for reason in [kernels.missing("decay")] if reason]
         return reasons
 
     def log_decay(self, gates: Tensor | None, like: Tensor) -> Tensor:
@@ -49,7 +55,10 @@ class Fading(Recurrent):
         return k
 
     def parallel(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None, **extras: Tensor) -> Tensor:
-        add = backends.fla_decayed if self.backend == "fla" else self._sum
+        if kernels.serves(self, q, k, v):
+            add: Callable[..., Tensor] = kernels.decayed
+        else:
+            add = backends.fla_decayed if self.backend == "fla" else self._sum
         return normalised(add(q * q.shape[-1] ** -0.5, self.key(k, gates), v, self.log_decay(gates, q)))
 
     def _sum(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
@@ -70,9 +79,15 @@ class Fading(Recurrent):
         return normalised(q * q.shape[-1] ** -0.5 @ state), state
 
     def flops(self) -> int:
+        """A state a slot, made and read, or what its chunks take."""
+        if self.backend == "compiled":
+            return self.layer.heads * self.layer.size * 4 * self.layer.head_dim**2
+        return self.layer.heads * self._chunk_flops()
+
+    def _chunk_flops(self) -> int:
         """Within a chunk the scores and their use, between chunks the state's making and its use."""
         d, (chunk, slots) = self.layer.head_dim, self.fitting()
-        return self.layer.heads * slots * (4 * chunk * d + (4 * d * d if slots > chunk else 0))
+        return slots * (4 * chunk * d + (4 * d * d if slots > chunk else 0))
 
 
 def normalised(out: Tensor) -> Tensor:
@@ -127,10 +142,10 @@ class GatedLinear(Fading):
     def _sum(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
         return channelwise(q, k, v, log_decay, self.fitting()[0])
 
-    def flops(self) -> int:
+    def _chunk_flops(self) -> int:
         """As of the others, but that only pairs with the key earlier are multiplied."""
         d, (chunk, slots) = self.layer.head_dim, self.fitting()
-        return self.layer.heads * slots * (2 * (chunk - 1) * d + (4 * d * d if slots > chunk else 0))
+        return slots * (2 * (chunk - 1) * d + (4 * d * d if slots > chunk else 0))
 
 
 class Discretised(Fading):
@@ -182,6 +197,7 @@ class DeltaNet(Discretised):
     """
 
     gates = 2
+    backends = ("blocked", "fla")
     fla_limit = 256
 
     def parallel(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None, **extras: Tensor) -> Tensor:
@@ -211,10 +227,10 @@ class DeltaNet(Discretised):
         q, k = (F.normalize(x, dim=-1, eps=EPS) for x in (q, k))
         return q, k, self.log_decay(gates, q)[..., 0], gates[..., 1].sigmoid()
 
-    def flops(self) -> int:
+    def _chunk_flops(self) -> int:
         """Two kinds of scores, the triangular system and the writes' use, and the states."""
         d, (chunk, slots) = self.layer.head_dim, self.fitting()
         a_slot = 4 * chunk * d + 2 * chunk * d + 2 * chunk * d  # scores, the system's 2d right sides, the writes' use
         if slots > chunk:
             a_slot += 2 * d * d + 2 * d * d + 2 * d * d + 2 * chunk * d  # added, erased, read; scores of the erased
-        return self.layer.heads * (slots * a_slot + (slots // chunk - 1) * 2 * d**3)
+        return slots * a_slot + (slots // chunk - 1) * 2 * d**3

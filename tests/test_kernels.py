@@ -6,7 +6,6 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,20 +17,35 @@ from torch.testing import assert_close
 from models import build, geometry, kernels, reference
 from models.decay2d import Decay2D
 from models.full import Dense
+from models.gated import Retention
 from models.geometry import Grid, Scan
 from models.kernels import compiler
 from models.linear import CosFormer, Linear
 from models.local import Local2D
 from models.mixer import Layer, Mixer
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+from tests.oracles import (
+    TOLERANCES,
+    Attend,
+    assert_same,
+    biased_window,
+    faded,
+    fading,
+    forgetting,
+    forgotten,
+    inputs,
+    local,
+    recurrent,
+    scanned,
+    square,
+    whole,
+    window,
+)
 
 needs_compiler = pytest.mark.skipif(
-    any(map(kernels.missing, ("local2d", "linear", "full", "decode", "decay2d"))),
+    any(map(kernels.missing, ("local2d", "linear", "full", "decode", "decay"))),
     reason=str(kernels.missing("local2d")),
 )
 GRIDS = [(1, 1), (1, 7), (7, 1), (3, 5), (5, 3), (11, 13), (2, 37), (19, 17)]
-TOLERANCES = {torch.float64: (1e-12, 1e-10), torch.float32: (1e-5, 1e-4)}
 
 
 @pytest.mark.parametrize("name", sorted(source.stem for source in compiler.HERE.glob("*.cpp")))
@@ -39,86 +53,6 @@ def test_every_kernel_is_had_where_a_compiler_is(name: str) -> None:
     """Else a slip in one of them would skip all of their tests."""
     reason = kernels.missing(name)
     assert reason is None or reason.startswith(("no C++ compiler", "the kernels are not built")), reason
-
-
-def inputs(batch: int, heads: int, seq: int, dim: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    torch.manual_seed(0)
-    return [torch.randn(batch, heads, seq, dim, dtype=dtype, requires_grad=True) for _ in range(3)]
-
-
-def assert_same(fast: Attend, slow: Attend, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Outputs and all gradients, within the tolerance of the dtype."""
-    forward, backward = TOLERANCES[v.dtype]
-    out, true = fast(q, k, v), slow(q, k, v)
-    assert_close(out, true, rtol=forward, atol=forward)
-    upstream = torch.randn_like(true)
-    for got, want in zip(*(torch.autograd.grad(x, (q, k, v), upstream) for x in (out, true)), strict=True):
-        assert_close(got, want, rtol=backward, atol=backward)
-
-
-def window(height: int, width: int, radius: int, shift: int = 0) -> Attend:
-    """The oracle of local2d; `shift` moves its mask by so many slots, wrongly."""
-    mask = geometry.matrix(geometry.window2d(Scan(Grid(height, width)), radius), height * width)
-    if shift:
-        mask = mask.roll(shift, dims=1) | (torch.arange(height * width) == 0)
-    return lambda q, k, v: reference.softmax_attention(q, k, v, mask)
-
-
-def biased_window(table: Tensor, height: int, width: int, radius: int) -> Attend:
-    """The oracle of local2d with a bias by offset: the start token's; then (Δrow, Δcol) from (R, R) to (0, 1)."""
-    scan, reach, slot = Scan(Grid(height, width)), min(radius, max(height, width)), torch.arange(height * width)
-    down = (scan.target(slot)[0][:, None] - scan.content(slot)[0]).clamp(0, reach)
-    right = (scan.target(slot)[1][:, None] - scan.content(slot)[1]).clamp(-reach, reach)
-    index = 1 + (reach - down) * (2 * reach + 1) + reach - right
-    index = index.where(~scan.is_start(slot), 0).clamp(max=table.shape[1] - 1)
-    mask = geometry.matrix(geometry.window2d(scan, radius), height * width)
-    return lambda q, k, v: reference.softmax_attention(q, k, v, mask, table[:, index])
-
-
-def local(height: int, width: int, radius: int) -> Attend:
-    return lambda q, k, v: kernels.local2d(q, k, v, height, width, radius)
-
-
-def recurrent(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return reference.linear_attention(q, k, v, lambda x: F.elu(x) + 1, True)
-
-
-def scanned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return kernels.linear(q, k, v, "elu+1")
-
-
-def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return kernels.full(q, k, v, True)
-
-
-def square(seq: int, causal: bool = True, shift: int = 0) -> Attend:
-    """The oracle of dense attention; `shift` moves its mask by so many slots, wrongly."""
-    mask = torch.ones(seq, seq, dtype=torch.bool)
-    mask = mask.tril().roll(shift, dims=1) | torch.eye(seq, dtype=torch.bool) if causal else mask
-    return lambda q, k, v: reference.softmax_attention(q, k, v, mask)
-
-
-def fades(q: Tensor) -> Tensor:
-    """λ_row and λ_col of every head, all different."""
-    return torch.linspace(0.4, 0.95, 2 * q.shape[1], dtype=q.dtype).view(2, -1)
-
-
-def fading(height: int, width: int, later: bool = False) -> Attend:
-    return lambda q, k, v: kernels.decay2d(q * q.shape[-1] ** -0.5, k, v, fades(q), height, width, later)
-
-
-def faded(height: int, width: int, later: bool = False, swapped: bool = False) -> Attend:
-    """The oracle of decay2d: pixels by their slots; or, wrongly, columns for rows."""
-    slot = torch.arange(height * width)
-    rows, cols = (abs(x[:, None] - x[None, :]) for x in (slot // width, slot % width))
-    seen = slot[:, None] < slot[None, :] if later else slot[:, None] > slot[None, :]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        down, across = fades(q).flip(0) if swapped else fades(q)
-        weight = down[:, None, None] ** rows * across[:, None, None] ** cols * seen
-        return reference.weighted_attention(q, k, v, weight) / q.shape[-1] ** 0.5
-
-    return attend
 
 
 @needs_compiler
@@ -187,6 +121,41 @@ def test_decay2d_equals_its_oracle(height: int, width: int, later: bool, dtype: 
     for dim in (1, 5, 8, 16, 39):
         assert_same(
             fading(height, width, later), faded(height, width, later), *inputs(2, 3, height * width, dim, dtype)
+        )
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("seq", [1, 2, 15, 127, 128, 129, 300])
+def test_decayed_equals_its_oracle(seq: int, dtype: torch.dtype) -> None:
+    for dim in (1, 5, 8, 16, 39):
+        assert_same(forgetting, forgotten, *inputs(2, 3, seq, dim, dtype))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 130, 1), (1, 3, 1, 1), (1, 3, 1, 6), (2, 3, 130, 6)], ids=["slot", "head", "channel", "both"]
+)
+def test_decayed_takes_a_decay_for_each_slot_and_channel_or_one_for_all(shape: tuple[int, ...]) -> None:
+    q, k, v = (x.detach() for x in inputs(2, 3, 130, 6))
+    v = v[..., :5]
+    log_decay = (-torch.rand(shape, dtype=torch.float64)).requires_grad_()
+    fast = kernels.decayed(q, k, v, log_decay)
+    slow = reference.decayed_attention(q, k, v, log_decay.expand(2, -1, 130, -1).expand(2, 3, 130, 6))
+    assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(slow)
+    got, want = (torch.autograd.grad(x, log_decay, upstream)[0] for x in (fast, slow))
+    assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_decay_that_acts_a_slot_too_early_or_too_late_is_noticed(shift: int) -> None:
+    q, k, v = (x.detach() for x in inputs(1, 1, 15, 4))
+    log_decay = -torch.rand(1, 1, 15, 4, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_close(
+            kernels.decayed(q, k, v, log_decay), reference.decayed_attention(q, k, v, log_decay.roll(shift, 2))
         )
 
 
@@ -299,7 +268,7 @@ def test_linear_that_forgets_the_query_s_own_slot_is_noticed() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned, whole, fading(3, 5)])
+@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned, whole, fading(3, 5), forgetting])
 def test_views_and_expanded_gradients_are_read_by_their_strides(attend: Attend) -> None:
     torch.manual_seed(0)
     trunk = torch.randn(2, 15, 3, 4, 8, dtype=torch.float64, requires_grad=True)  # as qkv lies in the trunk
@@ -314,7 +283,7 @@ def test_views_and_expanded_gradients_are_read_by_their_strides(attend: Attend) 
 
 
 @needs_compiler
-@pytest.mark.parametrize("attend", [local(9, 5, 2), scanned, whole, fading(9, 5)])
+@pytest.mark.parametrize("attend", [local(9, 5, 2), scanned, whole, fading(9, 5), forgetting])
 def test_the_number_of_threads_changes_no_bit(attend: Attend) -> None:
     before, results = torch.get_num_threads(), []
     try:
@@ -330,7 +299,7 @@ def test_the_number_of_threads_changes_no_bit(attend: Attend) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned, whole, fading(3, 5)])
+@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned, whole, fading(3, 5), forgetting])
 def test_operators_work_under_compile_and_with_fake_and_meta_tensors(attend: Attend) -> None:
     q, k, v = inputs(2, 2, 15, 4)
     for got, want in zip(
@@ -350,7 +319,7 @@ def test_operators_work_under_compile_and_with_fake_and_meta_tensors(attend: Att
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned, whole, fading(3, 5)])
+@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned, whole, fading(3, 5), forgetting])
 def test_what_is_no_number_is_not_hidden(attend: Attend, dtype: torch.dtype) -> None:
     """Of either sign: an x86's own is negative."""
     for index, sign in itertools.product(range(3), (1.0, -1.0)):
@@ -384,7 +353,8 @@ def test_great_scores_neither_overflow_nor_vanish() -> None:
     [
         ("full", "full_forward", (1, 1, 1, 2**50, 1, 0), 8),
         ("linear", "linear_forward", (1, 1, 1, 1, 2**50, 0, 1), 6),
-        ("decay2d", "decay2d", (1, 1, 1, 2**50, 1, 1, 0), 5),
+        ("decay", "decay_grid", (1, 1, 1, 2**50, 1, 1, 0, 0), 5),
+        ("decay", "decay_line", (1, 1, 1, 1, 2**50, 1, 0, 0), 5),
         ("local2d", "local2d_forward", (1, 1, 1, 1, 2**50, 1), 6),
         ("local2d", "local2d_backward", (2**50, 1, 1, 1, 1, 1), 11),
     ],
@@ -405,6 +375,7 @@ def test_auto_takes_the_kernel_and_refuses_it_with_every_reason() -> None:
     assert Linear(Layer(Scan(Grid(3, 5)), 2, 4)).backend == "compiled"
     assert Dense(Layer(Scan(Grid(3, 5), "bert", "hilbert"), 2, 4)).backend == "compiled"
     assert Decay2D(Layer(Scan(Grid(3, 5), "bert"), 2, 4)).backend == "compiled"
+    assert Retention(Layer(Scan(Grid(3, 5)), 2, 4)).backend == "compiled"
     learned = Decay2D(Layer(Scan(Grid(3, 5)), 2, 4), learned=True)
     assert (learned.backend, learned.refusals("compiled")) == ("blocked", ["has no gradient of learned rates"])
     assert Dense(Layer(Scan(Grid(3, 5)), 2, 4, biased=True, relates="distance")).backend == "compiled"
@@ -419,7 +390,7 @@ def test_auto_takes_the_kernel_and_refuses_it_with_every_reason() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("cls", [Local2D, Linear, CosFormer, Dense, Decay2D])
+@pytest.mark.parametrize("cls", [Local2D, Linear, CosFormer, Dense, Decay2D, Retention])
 def test_every_backend_agrees(cls: type[Mixer]) -> None:
     scan = Scan(Grid(5, 7))
     for name in ("compiled", "blocked"):
@@ -450,7 +421,9 @@ def test_tensors_of_two_dtypes_are_refused(cls: type[Mixer]) -> None:
 
 @needs_compiler
 @pytest.mark.serial
-@pytest.mark.parametrize("attend", [local(64, 64, 3), scanned, fading(64, 64)], ids=["local2d", "linear", "decay2d"])
+@pytest.mark.parametrize(
+    "attend", [local(64, 64, 3), scanned, fading(64, 64), forgetting], ids=["local2d", "linear", "decay2d", "gla"]
+)
 def test_forward_and_backward_beat_dense_attention_at_64_by_64(attend: Attend) -> None:
     """The aim is 12×, and 20× and more are measured; 6× must hold beside whatever else this machine does."""
     q, k, v = inputs(2, 4, 4096, 32, torch.float32)

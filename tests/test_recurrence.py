@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import models
-from models import recurrence
+from models import kernels, recurrence
 from models.geometry import Grid, Scan
 from models.mixer import Layer
 from models.recurrence import Recurrent
@@ -20,16 +20,31 @@ from models.recurrence import Recurrent
 Arguments = dict[str, Tensor]
 
 LINEAR_TIME = [name for name, variant in models.VARIANTS.items() if issubclass(variant.cls, Recurrent)]
-BOTH = [(name, objective) for name in LINEAR_TIME for objective in models.VARIANTS[name].objectives]
+FORMS = [
+    pytest.param(name, backend, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
+    for name in LINEAR_TIME
+    for backend, reason in (("blocked", None), ("compiled", kernels.missing("decay") or kernels.missing("linear")))
+    if backend in models.VARIANTS[name].cls.backends
+]
 GRIDS = [(1, 1), (7, 1), (1, 15), (5, 13), (13, 10)]
 """n = 1, 7, 15, 65 and 130: the last two cross the borders of chunks and tiles."""
 LENGTH = 65_536
 
 
-def make(name: str, height: int, width: int, objective: str = "ar", *, heads: int = 2, head_dim: int = 5) -> Any:
-    """A mixer in float64 by matrix products, whatever else it has."""
-    layer = Layer(Scan(Grid(height, width), objective), heads, head_dim, backend="blocked")
+def make(
+    name: str, height: int, width: int, objective: str = "ar", *, heads: int = 2, head_dim: int = 5,
+    backend: str = "blocked",
+) -> Any:  # fmt: skip
+    """A mixer in float64, by matrix products unless told otherwise."""
+    layer = Layer(Scan(Grid(height, width), objective), heads, head_dim, backend=backend)
     return models.VARIANTS[name].cls(layer).double()
+
+
+def objectives(name: str, backend: str) -> list[str]:
+    """Those that this form serves, "ar" among them."""
+    served = [one for one in models.VARIANTS[name].objectives if not make(name, 1, 1, one).refusals(backend)]
+    assert "ar" in served
+    return served
 
 
 def draw(mixer: Any, batch: int = 2, dtype: torch.dtype = torch.float64) -> Arguments:
@@ -60,22 +75,23 @@ def decode(mixer: Any, given: Arguments) -> Tensor:
     return torch.cat(rows, dim=2)
 
 
-@pytest.mark.parametrize(("name", "objective"), BOTH)
+@pytest.mark.parametrize(("name", "backend"), FORMS)
 @pytest.mark.parametrize(("height", "width"), GRIDS)
-def test_the_forms_agree(name: str, objective: str, height: int, width: int) -> None:
-    mixer = make(name, height, width, objective)
-    given = draw(mixer)
-    fast, slow = results(mixer, mixer, given), results(mixer.oracle, mixer, given)
-    assert_close(fast[0], slow[0], rtol=1e-12, atol=1e-12)
-    assert_close(fast[1:], slow[1:], rtol=1e-10, atol=1e-10)
-    if objective == "ar":
-        assert_close(decode(mixer, given), slow[0], rtol=1e-12, atol=1e-12)
+def test_the_forms_agree(name: str, backend: str, height: int, width: int) -> None:
+    for objective in objectives(name, backend):
+        mixer = make(name, height, width, objective, backend=backend)
+        given = draw(mixer)
+        fast, slow = results(mixer, mixer, given), results(mixer.oracle, mixer, given)
+        assert_close(fast[0], slow[0], rtol=1e-12, atol=1e-12)
+        assert_close(fast[1:], slow[1:], rtol=1e-10, atol=1e-10)
+        if objective == "ar":
+            assert_close(decode(mixer, given), slow[0], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", LINEAR_TIME)
-def test_nothing_of_a_later_slot_is_used(name: str) -> None:
+@pytest.mark.parametrize(("name", "backend"), FORMS)
+def test_nothing_of_a_later_slot_is_used(name: str, backend: str) -> None:
     """The gradient of the outputs up to slot t is exactly zero at every later slot, and of the value at t it is not."""
-    mixer = make(name, 7, 11)
+    mixer = make(name, 7, 11, backend=backend)
     for t in (0, 6, 31, 32, 50):
         given = draw(mixer)
         out = mixer(**given)[:, :, : t + 1]
@@ -88,10 +104,10 @@ def scaled(given: Arguments, **factors: float) -> Arguments:
     return {name: (x * factors.get(name, 1.0)).detach().requires_grad_() for name, x in given.items()}
 
 
-@pytest.mark.parametrize("name", LINEAR_TIME)
-def test_float32_holds_at_65536_slots(name: str) -> None:
+@pytest.mark.parametrize(("name", "backend"), FORMS)
+def test_float32_holds_at_65536_slots(name: str, backend: str) -> None:
     """Within 1e-3 of float64 in the mean and finite in every gradient, with the decays that are usual."""
-    mixer = make(name, 256, 256, heads=1, head_dim=4)
+    mixer = make(name, 256, 256, heads=1, head_dim=4, backend=backend)
     given = draw(mixer, batch=1)
     with torch.no_grad():
         true = mixer(**given)
@@ -102,11 +118,11 @@ def test_float32_holds_at_65536_slots(name: str) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("name", [name for name in LINEAR_TIME if make(name, 1, 1).gates])
-def test_a_decay_of_50_a_slot_is_only_forgetting(name: str) -> None:
+@pytest.mark.parametrize(("name", "backend"), [form for form in FORMS if make(str(form.values[0]), 1, 1).gates])
+def test_a_decay_of_50_a_slot_is_only_forgetting(name: str, backend: str) -> None:
     """Nothing overflows in float32: the output is that of the slot alone, as the oracle says; gradients are finite."""
     strong = 1.0 if name == "gla" else -1.0  # logsigmoid(-800)/16 = -50; -A·softplus(+200) ≤ -50
-    mixer = make(name, 16, 16, heads=1, head_dim=4).float()
+    mixer = make(name, 16, 16, heads=1, head_dim=4, backend=backend).float()
     given = draw(mixer, batch=1, dtype=torch.float32)
     gates = given["gates"].detach().clone()
     gates[..., : 1 if mixer.gates == 2 else None] = -800.0 * strong
@@ -118,9 +134,9 @@ def test_a_decay_of_50_a_slot_is_only_forgetting(name: str) -> None:
     assert_close(out[:, :, 100:101], mixer.step(**alone, state=mixer.start(1, alone["q"]))[0])
 
 
-@pytest.mark.parametrize("name", LINEAR_TIME)
-def test_large_inputs_give_no_nan(name: str) -> None:
-    mixer = make(name, 9, 9, head_dim=8).float()
+@pytest.mark.parametrize(("name", "backend"), FORMS)
+def test_large_inputs_give_no_nan(name: str, backend: str) -> None:
+    mixer = make(name, 9, 9, head_dim=8, backend=backend).float()
     given = scaled(draw(mixer, dtype=torch.float32), q=30.0, k=30.0, gates=30.0)
     assert all(x.isfinite().all() for x in results(mixer, mixer, given))
 
@@ -148,11 +164,13 @@ def alive() -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in held}
 
 
-@pytest.mark.parametrize("name", LINEAR_TIME)
-def test_the_backward_pass_keeps_o_of_n_d(name: str) -> None:
+@pytest.mark.parametrize(("name", "backend"), FORMS)
+def test_the_backward_pass_keeps_o_of_n_d(name: str, backend: str) -> None:
     """Twice as much for twice the slots, and far from a d × d state a slot."""
     head_dim = 32
-    single, double = (kept_bytes(make(name, height, 64, heads=1, head_dim=head_dim).float()) for height in (128, 256))
+    single, double = (
+        kept_bytes(make(name, height, 64, heads=1, head_dim=head_dim, backend=backend).float()) for height in (128, 256)
+    )
     assert 1.8 < double / single < 2.1
     if name != "performer":  # O(n·d·log d)
         assert double < 256 * 64 * head_dim * 4 * 70
@@ -193,8 +211,8 @@ def test_a_decay_applied_twice_is_caught(name: str, monkeypatch: pytest.MonkeyPa
     assert not torch.allclose(mixer(**given), mixer.oracle(**given), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", LINEAR_TIME)
-def test_flops_are_those_that_torch_counts(name: str) -> None:
+@pytest.mark.parametrize(("name", "backend"), FORMS)
+def test_flops_are_those_that_torch_counts(name: str, backend: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     def solve(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
@@ -202,9 +220,9 @@ def test_flops_are_those_that_torch_counts(name: str) -> None:
         return int(torch.Size(batch).numel()) * rows * rows * columns
 
     mapping = {torch.ops.aten.linalg_solve_triangular: solve}
-    for objective in models.VARIANTS[name].objectives:
+    for objective in objectives(name, backend):
         for height, width in GRIDS:
-            mixer = make(name, height, width, objective)
+            mixer = make(name, height, width, objective, backend=backend)
             given = {key: x.detach() for key, x in draw(mixer, batch=1).items()}
             with FlopCounterMode(display=False, custom_mapping=mapping) as counter, torch.no_grad():
                 mixer(**given)

@@ -151,7 +151,7 @@ RULE = {"claim": "C4", "says": "x", "pairs": [{"these": {"variant": "linear"}, "
         ({"rules": [RULE | {"where": {"train.stesp": 10}}]}, "did you mean 'train.steps'"),
         ({"rules": [RULE | {"pairs": [{"these": {"variant": "linaer"}, "those": {}}]}]}, "did you mean 'linear'"),
         ({"rules": [RULE | {"metric": "nats_per_tokn"}]}, "did you mean 'nats_per_token'"),
-        ({"rules": [RULE | {"correction": "typo"}]}, "unknown rule C4: correction 'typo'"),
+        ({"rules": [RULE | {"correction": "typo"}]}, "rule C4: unknown correction 'typo'"),
     ],
 )
 def test_a_bad_suite_is_refused_in_one_line(tmp_path: Path, told: dict[str, Any], said: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import block, window
 from .compiler import missing, unfit
-from .decay2d import decay2d
+from .decay import decayed, decayed2d
 from .decode import Parts, Stack, decodes
 from .full import full
 from .linear import linear
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ..mixer import Mixer
 
 __all__ = [
-    "Parts", "Stack", "block", "decay2d", "decodes", "full", "linear", "local2d", "missing", "offsets", "serves",
-    "unfit", "window", "working_rows",
+    "Parts", "Stack", "block", "decayed", "decayed2d", "decodes", "full", "linear", "local2d", "missing", "offsets",
+    "serves", "unfit", "window", "working_rows",
 ]  # fmt: skip
 
 

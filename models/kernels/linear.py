@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .compiler import call
 from .layout import dense, like
@@ -78,3 +79,15 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None)
+
+
+@register_flop_formula(torch.ops.attnbench.linear)
+def _flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+    """A state a slot with its mass, an outer product more and read once."""
+    return 4 * q.numel() * (v[3] + 1)
+
+
+@register_flop_formula(torch.ops.attnbench.linear_backward)
+def _backward_flops(grad: torch.Size, *rest: Any, **__: Any) -> int:
+    """Three such sums."""
+    return 3 * _flops(*rest)

@@ -1,0 +1,256 @@
+// Sums of outer products that fade: y_t = x_tᵀ M_t, where M_t is the sum of X = a bᵀ of every slot read, each faded.
+//
+// decay_line, along a sequence, the own slot among those read:
+//     M_t = D_t M_{t-1} + X_t,  D_t one number, one for each row of M or one for each of its columns ("lanes").
+// decay_grid, over earlier pixels, each faded by λ_row^(r-r') λ_col^|c-c'|:
+//     A[r, c] = λ_row (A + X)[r-1, c]                  earlier rows, by column
+//     P[r, c] = A[r, c] + λ_col (P + X)[r, c-1]        of them and the own row: what is here or to the left
+//     R[r, c] = λ_col (A + R)[r, c+1]                  of them: what is to the right
+//     y[r, c] = xᵀ (P + R)
+// A row is read twice, from the left for P and from the right for R and the next A.
+//
+// Turned round, from the last slot to the first, the same sums are over later ones.  That serves all gradients, g being
+// that of the output:
+//     out: x = q, a = k, b = v;   dq: x = g, a = v, b = k;   turned, dk: x = v, a = g, b = q;   dv: x = k, a = q, b = g.
+// A tile of rows of the matrices by one vector goes over a block of slots, or the grid, in registers; A lies in memory.
+#include <algorithm>
+#include <memory>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "simd.h"
+
+namespace {
+
+enum Fades : int64_t { ONE, BY_ROW, BY_LANE };  // what D_t is
+
+struct Problem {
+    int64_t batch, heads, height, width, rows, lanes, turned, fades;  // X is rows × lanes: the channels of a and b
+    int64_t slots() const { return height * width; }
+};
+
+constexpr int64_t BLOCK = 128;  // slots of a line that all tiles serve before they go on
+
+// Slots in the order of the sum, `pitch` numbers from one to the next: negative where it is turned round.
+template <typename T> struct Line {
+    T* data;
+    int64_t pitch;
+    T* at(int64_t slot) const { return data + slot * pitch; }
+};
+
+template <typename T> struct Tensors {
+    View<T> x, a, b, y, fades;  // fades of a line (batch, heads, slots, 1 or rows or lanes), of a grid (1, 1, 2, heads)
+    Tensors(void** at, const int64_t (*strides)[3])
+        : x(at[0], strides[0]), a(at[1], strides[1]), b(at[2], strides[2]), y(at[3], strides[3]), fades(at[4], strides[4]) {}
+};
+
+template <typename T, int LANES> struct Worker {
+    using S = Simd<T, LANES>;
+    using V = typename S::V;
+
+    const Problem& p;
+    const Tensors<T>& in;
+    std::vector<T> memory;
+    int64_t b = 0, h = 0, lane = 0;  // what it is at work on: a head, and the lanes from `lane` on
+
+    Worker(const Problem& p, const Tensors<T>& in, int64_t vectors)
+        : p(p), in(in), memory(vectors * LANES + WIDEST / sizeof(T)) {}
+
+    T* vectors(int64_t first) { return aligned(memory.data()) + first * LANES; }
+    int count() const { return int(std::min<int64_t>(LANES, p.lanes - lane)); }
+
+    Line<T> line(const View<T>& x, int64_t slot, int64_t channel) const {
+        T* at = x.at(b, h) + channel;
+        if (p.turned) return {at + (p.slots() - 1 - slot) * x.slot, -x.slot};
+        return {at + slot * x.slot, x.slot};
+    }
+
+    // The vectors from `lane` on: where they lie if they are whole, else copied and filled up with zeros.
+    Line<T> whole(Line<T> from, int64_t slots, T* to) const {
+        if (count() == LANES) return from;
+        for (int64_t i = 0; i < slots; i++) S::store(to + i * LANES, S::load(from.at(i), count()));
+        return {to, LANES};
+    }
+
+    // Rows in tiles of as many as there are, from the largest size on: tile(rows of it, the first).
+    template <int... SIZES, typename Tile> void tiles(const Tile& tile) const {
+        int64_t first = 0;
+        auto by = [&](auto size) {
+            for (; p.rows - first >= size.value; first += size.value) tile(size, first);
+        };
+        (by(std::integral_constant<int, SIZES>{}), ...);
+    }
+};
+
+template <typename T, int LANES> struct Along : Worker<T, LANES> {
+    using Base = Worker<T, LANES>;
+    using typename Base::S, typename Base::V;
+    using Base::p, Base::in;
+
+    T *matrix, *values, *fades;
+
+    Along(const Problem& p, const Tensors<T>& in) : Base(p, in, p.rows + 2 * BLOCK) {
+        matrix = this->vectors(0), values = this->vectors(p.rows), fades = this->vectors(p.rows + BLOCK);
+    }
+
+    // D of the slots from `first` on; turned round, what a slot finds has faded by the D of the slot before.
+    Line<T> decays(int64_t first) const {
+        const View<T>& w = in.fades;
+        T* at = w.at(this->b, this->h) + (p.fades == BY_LANE ? this->lane : 0);
+        if (p.turned) return {at + (p.slots() - first) * w.slot, -w.slot};
+        return {at + first * w.slot, w.slot};
+    }
+
+    template <int BY, int N>
+    void tile(int64_t first, int64_t slot, int64_t slots, Line<T> b, Line<T> w, T* kept_at) {
+        Line<T> x = this->line(in.x, slot, first), a = this->line(in.a, slot, first), y = this->line(in.y, slot, this->lane);
+        constexpr int CHAINS = N < 4 ? N : 4;  // sums in parallel hide the latency of an addition
+        V kept[N];
+        for (int r = 0; r < N; r++) kept[r] = S::load(kept_at + r * LANES);
+        for (int64_t i = 0; i < slots; i++) {
+            const T *read = x.at(i), *key = a.at(i);
+            V value = S::load(b.at(i)), sums[CHAINS]{};
+            if (slot + i) {  // the first slot finds nothing, and turned round there is no D for it
+                const T* fade = w.at(i);
+                V all = BY == BY_LANE ? S::load(fade) : S::fill(*fade);
+                for (int r = 0; r < N; r++) kept[r] *= BY == BY_ROW ? S::fill(fade[first + r]) : all;
+            }
+            for (int r = 0; r < N; r++) {
+                kept[r] += key[r] * value;
+                sums[r % CHAINS] += read[r] * kept[r];
+            }
+            for (int c = 1; c < CHAINS; c++) sums[0] += sums[c];
+            S::store(y.at(i), first ? sums[0] + S::load(y.at(i), this->count()) : sums[0], this->count());
+        }
+        for (int r = 0; r < N; r++) S::store(kept_at + r * LANES, kept[r]);
+    }
+
+    template <int BY> void by() {
+        std::fill_n(matrix, p.rows * LANES, T(0));
+        for (int64_t slot = 0; slot < p.slots(); slot += BLOCK) {
+            int64_t slots = std::min<int64_t>(BLOCK, p.slots() - slot);
+            Line<T> b = this->whole(this->line(in.b, slot, this->lane), slots, values), w = decays(slot);
+            if (BY == BY_LANE && this->count() < LANES) {
+                int64_t none = slot == 0;  // that of the first slot may lie outside
+                for (int64_t i = none; i < slots; i++) S::store(fades + i * LANES, S::load(w.at(i), this->count()));
+                w = {fades, LANES};
+            }
+            this->template tiles<WIDEST >= 64 ? 16 : 8, 8, 4, 1>([&](auto size, int64_t first) {
+                tile<BY, size.value>(first, slot, slots, b, w, matrix + first * LANES);
+            });
+        }
+    }
+
+    void work() {
+        if (p.fades == ONE) by<ONE>();
+        else if (p.fades == BY_ROW) by<BY_ROW>();
+        else by<BY_LANE>();
+    }
+};
+
+template <typename T, int LANES> struct Over : Worker<T, LANES> {
+    using Base = Worker<T, LANES>;
+    using typename Base::S, typename Base::V;
+    using Base::p, Base::in;
+
+    static constexpr int ROWS = 8;  // of a tile: A of 64 columns then stays in L1
+    T *above, *sums, *values;       // A (width, rows of a tile, LANES); y and b of a grid row (width, LANES)
+
+    Over(const Problem& p, const Tensors<T>& in) : Base(p, in, p.width * (ROWS + 2)) {
+        above = this->vectors(0), sums = this->vectors(p.width * ROWS), values = this->vectors(p.width * (ROWS + 1));
+    }
+
+    // P from the left: the row's sums over what is here or to the left.
+    template <int N> void from_left(Line<T> x, Line<T> a, Line<T> b, T fade) {
+        V kept[N]{};
+        for (int64_t col = 0; col < p.width; col++) {
+            const T *read = x.at(col), *key = a.at(col), *base = above + col * N * LANES;
+            V value = fade * S::load(b.at(col)), sum[2]{};
+            for (int r = 0; r < N; r++) {
+                V here = S::load(base + r * LANES) + kept[r];  // P
+                sum[r % 2] += read[r] * here;
+                kept[r] = fade * here + key[r] * value;
+            }
+            S::store(sums + col * LANES, sum[0] + sum[1]);
+        }
+    }
+
+    // R from the right, and A for the row below.
+    template <int N> void from_right(Line<T> x, Line<T> a, Line<T> b, T fade, T down) {
+        V kept[N]{};
+        for (int64_t col = p.width - 1; col >= 0; col--) {
+            const T *read = x.at(col), *key = a.at(col);
+            T* base = above + col * N * LANES;
+            V value = down * S::load(b.at(col)), sum[2]{};
+            for (int r = 0; r < N; r++) {
+                V here = S::load(base + r * LANES);
+                sum[r % 2] += read[r] * kept[r];
+                kept[r] = fade * (here + kept[r]);
+                S::store(base + r * LANES, down * here + key[r] * value);
+            }
+            S::store(sums + col * LANES, S::load(sums + col * LANES) + sum[0] + sum[1]);
+        }
+    }
+
+    // Rows from `first` on over the whole grid.
+    template <int N> void tile(int64_t first) {
+        const T down = in.fades.data[this->h], fade = in.fades.data[p.heads + this->h];
+        std::fill_n(above, p.width * N * LANES, T(0));
+        for (int64_t slot = 0; slot < p.slots(); slot += p.width) {
+            Line<T> x = this->line(in.x, slot, first), a = this->line(in.a, slot, first);
+            Line<T> y = this->line(in.y, slot, this->lane);
+            Line<T> b = this->whole(this->line(in.b, slot, this->lane), p.width, values);
+            from_left<N>(x, a, b, fade);
+            from_right<N>(x, a, b, fade, down);
+            for (int64_t col = 0; col < p.width; col++) {
+                V sum = S::load(sums + col * LANES);
+                S::store(y.at(col), first ? sum + S::load(y.at(col), this->count()) : sum, this->count());
+            }
+        }
+    }
+
+    void work() {
+        this->template tiles<ROWS, 4, 1>([&](auto size, int64_t first) { tile<size.value>(first); });
+    }
+};
+
+template <typename Work, int LANES, typename T> void run(const Problem& p, int threads, const Tensors<T>& in) {
+    int64_t across = (p.lanes + LANES - 1) / LANES, jobs = p.batch * p.heads * across;
+    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, jobs)));
+    std::vector<std::unique_ptr<Work>> workers(threads);
+    for (auto& worker : workers) worker = std::make_unique<Work>(p, in);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t job = 0; job < jobs; job++) {
+#ifdef _OPENMP
+        Work& worker = *workers[omp_get_thread_num()];
+#else
+        Work& worker = *workers[0];
+#endif
+        worker.b = job / across / p.heads, worker.h = job / across % p.heads, worker.lane = job % across * LANES;
+        worker.work();
+    }
+}
+
+template <template <typename, int> class Work, typename T>
+void choose(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
+    constexpr int WHOLE = WIDEST / sizeof(T), HALF = WHOLE / 2;  // a small head would leave half of each vector empty
+    Tensors<T> in(at, strides);
+    if (p.lanes > HALF) run<Work<T, WHOLE>, WHOLE>(p, threads, in);
+    else run<Work<T, HALF>, HALF>(p, threads, in);
+}
+
+}  // namespace
+
+// shape: batch, heads, height, width (of a line 1, slots), rows, lanes, turned, fades.  Tensors: x, a, b, y, fades.
+#define EXPORT(name, Work, T, type)                                                                            \
+    extern "C" int decay_##name##_##type(const int64_t* s, double, int threads, void** at,                     \
+                                         const int64_t (*strides)[3]) {                                        \
+        Problem p{s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]};                                             \
+        return guarded([&] { choose<Work, T>(p, threads, at, strides); });                                     \
+    }
+EXPORT(line, Along, float, float32)
+EXPORT(line, Along, double, float64)
+EXPORT(grid, Over, float, float32)
+EXPORT(grid, Over, double, float64)

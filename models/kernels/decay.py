@@ -1,0 +1,117 @@
+"""Sums that fade on CPU (decay.cpp) as torch operators: eager, under autograd, fake tensors and torch.compile.
+
+Nothing but its arguments is kept for the backward pass: every gradient is a sum of the same kind.
+
+Shapes: q, k (batch, heads, seq, width); v, out (batch, heads, seq, channels).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .compiler import call
+from .layout import dense, like
+
+ONE, BY_ROW, BY_LANE = 0, 1, 2
+"""What fades a slot's matrix a bᵀ: one number, one for each channel of a, or one for each of b."""
+
+
+def decayed(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    """Σ (q_t ∘ exp(log_decay_{j+1} + … + log_decay_t))·k_j v_j over the keys no later than the query.
+
+    log_decay (batch or 1, heads, seq or 1, width or 1), ≤ 0.  float32 or float64 on CPU.  The result lies in memory as
+    (batch, seq, heads, channels).
+    """
+    return _Decayed.apply(q, k, v, log_decay)
+
+
+def decayed2d(q: Tensor, k: Tensor, v: Tensor, fades: Tensor, height: int, width: int, later: bool = False) -> Tensor:
+    """Σ λ_row^|Δrow| λ_col^|Δcol| (q·k) v over the raster-earlier pixels, or over the later ones; seq = height · width.
+
+    fades (2, heads): λ_row and λ_col; there is no gradient of them.  Else as `decayed`.
+    """
+    return _Decayed2D.apply(q, k, v, fades, height, width, later)
+
+
+@torch.library.custom_op("attnbench::decay_line", mutates_args=(), device_types="cpu")
+def _line(x: Tensor, a: Tensor, b: Tensor, fade: Tensor, by: int, later: bool) -> Tensor:
+    """Σ (x·a) b with a and b (BY_LANE) or x (else) faded: what the output is, and each gradient too."""
+    out = like(b)
+    batch, heads, seq, rows = x.shape
+    shape = (batch, heads, 1, seq, rows, b.shape[3], int(later), by)
+    call("decay", "decay_line", shape, 0.0, dense(x), dense(a), dense(b), out, dense(fade.expand(batch, -1, seq, -1)))
+    return out
+
+
+@_line.register_fake
+def _(x: Tensor, a: Tensor, b: Tensor, fade: Tensor, by: int, later: bool) -> Tensor:
+    return like(b)
+
+
+@torch.library.custom_op("attnbench::decay_grid", mutates_args=(), device_types="cpu")
+def _grid(x: Tensor, a: Tensor, b: Tensor, fades: Tensor, height: int, width: int, later: bool) -> Tensor:
+    """Σ λ_row^|Δrow| λ_col^|Δcol| (x·a) b: what the output is, and each gradient too."""
+    out, fades = like(b), fades.to(x.dtype).contiguous()[None, None]
+    shape = (*x.shape[:2], height, width, x.shape[3], b.shape[3], int(later), ONE)
+    call("decay", "decay_grid", shape, 0.0, dense(x), dense(a), dense(b), out, fades)
+    return out
+
+
+@_grid.register_fake
+def _(x: Tensor, a: Tensor, b: Tensor, fades: Tensor, height: int, width: int, later: bool) -> Tensor:
+    return like(b)
+
+
+class _Decayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+        fade = log_decay.exp()
+        ctx.save_for_backward(q, k, v, fade)
+        return _line(q, k, v, fade, BY_ROW if fade.shape[3] > 1 else ONE, False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, fade = ctx.saved_tensors
+        rows, lanes = (BY_ROW, BY_LANE) if fade.shape[3] > 1 else (ONE, ONE)
+        of_q = _line(grad, v, k, fade, lanes, False)
+        of_k = _line(v, grad, q, fade, lanes, True)  # a key is read by queries on the other side of it
+        of_v = _line(k, q, grad, fade, rows, True)
+        if not ctx.needs_input_grad[3]:
+            return of_q, of_k, of_v, None
+        # A slot's decay is in what queries from it on read of the keys before it: all that they read, less what is
+        # read of the keys from it on (Yang et al., 2024).
+        slope = (q * of_q - k * of_k).sum_to_size(*q.shape[:3], fade.shape[3])
+        return of_q, of_k, of_v, slope.flip(2).cumsum(dim=2).flip(2).sum_to_size(fade.shape)
+
+
+class _Decayed2D(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, fades: Tensor, height: int, width: int, later: bool
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, fades)
+        ctx.settings = height, width, later
+        return _grid(q, k, v, fades, height, width, later)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (q, k, v, fades), (height, width, later) = ctx.saved_tensors, ctx.settings
+        here, there = (fades, height, width, later), (fades, height, width, not later)
+        made = _grid(grad, v, k, *here), _grid(v, grad, q, *there), _grid(k, q, grad, *there)
+        return (*made, None, None, None, None)
+
+
+@register_flop_formula(torch.ops.attnbench.decay_line)
+def _line_flops(x: torch.Size, a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
+    """A matrix a slot, with an outer product more and read once."""
+    return 4 * x.numel() * b[3]
+
+
+@register_flop_formula(torch.ops.attnbench.decay_grid)
+def _grid_flops(x: torch.Size, a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
+    """Two of them."""
+    return 8 * x.numel() * b[3]
