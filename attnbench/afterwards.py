@@ -53,7 +53,7 @@ def surgery(results: Path) -> pd.DataFrame:
         told = part(done, "surgery")
         rows.append({
             "mask": done.get("variant"), "reach": number(told.get("value")), "weights_of": told.get("source"),
-            "fine_tuned_steps": number(told.get("finetune")),
+            "fine_tuned_steps": number(told.get("finetune")), "images": _images(done),
             "nats_per_token": number(part(done, "metrics").get("nats_per_token")),
             "cost_nats_per_token": number(told.get("cost_nats_per_token")),
             "cost_nats_per_token_low": number(told.get("cost_low")),
@@ -72,10 +72,16 @@ def transfer(results: Path) -> pd.DataFrame:
             "trained_at": f"{told.get('trained_height')}×{told.get('trained_width')}",
             "tokens": (number(data.get("height")) or 0) * (number(data.get("width")) or 0) or None,
             "side": f"{data.get('height')}×{data.get('width')}",
-            "tables": "interpolated" if told.get("interpolated") else "carried over",
+            "tables": "interpolated" if told.get("interpolated") else "carried over", "images": _images(done),
             "nats_per_token": number(metrics.get("nats_per_token")),
         })  # fmt: skip
     return _sorted(rows, ["setting", "weights_of", "tokens"])
+
+
+def _images(done: dict[str, Any]) -> int | None:
+    """Test images that its nats are the mean of."""
+    nats = done.get("per_image_nats")
+    return len(nats) if isinstance(nats, list) else None
 
 
 def attention(results: Path) -> pd.DataFrame:
@@ -94,7 +100,8 @@ def _heads(told: dict[str, Any]) -> list[dict[str, Any]]:
     found = told["attention"]
     return [
         {
-            "setting": str(told["variant"]), "run": str(told["id"]), "layer": layer + 1, "head": head + 1,
+            "setting": str(told["variant"]), "run": str(told["id"]), "images": found.get("images"),
+            "layer": layer + 1, "head": head + 1,
             "mean_distance": number(distance),
             "mean_distance_if_uniform": number(found["uniform_mean_distance"][layer]),
         }

@@ -39,6 +39,8 @@ class AttentionMapConfig(Settings):
     """Folder that holds the data set's files, where the data set needs any."""
     own: str | None = None
     """The attention of somebody's own that the run had, FILE.py:CLASS; its code runs only if it is named here."""
+    out: Path | None = None
+    """Folder of attention_map.json; that of the run's artifacts, where the report looks for it."""
 
 
 def attention(model: nn.Module, tokens: Tensor, radii: tuple[int, ...]) -> dict[str, Any]:
@@ -117,6 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     from attnbench import record as records
 
     run = trained.load(config.record, config.data_root, config.own)
+    place = config.out or experiment.artifacts(run.config).with_name(run.record["id"])
+    storage.check_writable(place)
     tokens = run.images("test")[: config.images].to(run.config.device)
     found = attention(run.model().eval(), tokens, tuple(numbers(config.radii)))
     nats = edges(run.record["nll_map"])
@@ -126,7 +130,6 @@ def main(argv: list[str] | None = None) -> int:
     for name, value in nats.items():
         if value is not None:
             console.print(f"{name.replace('_', ' '):17} {value:8.4f} nats/token")
-    place = experiment.artifacts(run.config).with_name(run.record["id"])
     print(storage.write_json(place / "attention_map.json", records.plain(told)))
     return 0
 

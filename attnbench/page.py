@@ -72,6 +72,7 @@ COLUMNS: dict[str, Column] = {
     "nats_per_token": Column("nats/token", "{:.4f}".format),
     "bits_per_dim": Column("bits/dim", "{:.3f}".format),
     "validation": Column("validation loss (nats)", "{:.4f}".format),
+    "images": Column("test images", _count),
     "cost_nats_per_token": Column("cost of the cut (nats/token)", "{:+.4f}".format),
     "regret_nats_per_token": Column("regret (nats/token)", "{:.4f}".format),
     "probe_accuracy_best": Column("best probe accuracy", "{:.3f}".format),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -51,6 +52,7 @@ def test_a_run_its_pictures_its_report_and_other_sides(tmp_path: Path) -> None:
     assert larger["metrics"]["bits_per_dim"] == pytest.approx(larger["metrics"]["bits_per_token"])
     assert attnbench.report.main([str(tmp_path), "--out", str(tmp_path / "report")]) == 0
     assert (tmp_path / "report" / "index.html").stat().st_size > 1000
+    assert pd.read_csv(tmp_path / "report" / "transfer.csv")["images"].tolist() == [10]
 
 
 def test_a_supervised_model_takes_the_pictures_themselves(tmp_path: Path) -> None:
