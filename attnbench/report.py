@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,11 +183,16 @@ def _write_tables(folder: Path, runs: Any, front: Any, made: dict[str, Any], jud
     every = tables.every_run(runs)
     for name, table in {"verdicts": judged, "rules": rules, "runs": plain, "front": front, **made}.items():
         storage.write_text(folder / f"{name}.csv", table.to_csv(index=False))
-        short = every if name == "runs" else table
-        safe = short.map(lambda value: _markdown_cell(value) if isinstance(value, str) else value)
-        safe = safe.rename(columns=_markdown_cell)
-        text = safe.to_markdown(index=False, floatfmt=".4g") if len(short) else "Not run."
-        storage.write_text(folder / f"{name}.md", text + "\n")
+        storage.write_text(folder / f"{name}.md", _markdown(every if name == "runs" else table) + "\n")
+
+
+def _markdown(table: Any) -> str:
+    """Without the spaces that would line up columns: in a long table they are more than half of the bytes."""
+    if not len(table):
+        return "Not run."
+    safe = table.map(lambda value: _markdown_cell(value) if isinstance(value, str) else value)
+    text: str = safe.rename(columns=_markdown_cell).to_markdown(index=False, floatfmt=".4g")
+    return re.sub("-{4,}", "---", re.sub(" {2,}", " ", text))
 
 
 def _render(template: str, context: dict[str, Any]) -> str:
