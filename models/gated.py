@@ -35,6 +35,8 @@ class Fading(Recurrent):
     """
 
     backends: tuple[str, ...] = ("compiled", "blocked", "fla")
+    products = 2
+    """Of a slot with a state: one that adds to it, and one that reads it."""
     fla_limit = 0
     """Channels of the widest head that the kernel of flash-linear-attention takes; 0 for any."""
 
@@ -81,7 +83,7 @@ class Fading(Recurrent):
     def flops(self) -> int:
         """A state a slot, made and read, or what its chunks take."""
         if self.backend == "compiled":
-            return self.layer.heads * self.layer.size * 4 * self.layer.head_dim**2
+            return self.layer.heads * self.layer.size * self.products * 2 * self.layer.head_dim**2
         return self.layer.heads * self._chunk_flops()
 
     def _chunk_flops(self) -> int:
@@ -193,16 +195,20 @@ class StateSpaceDual(Discretised):
 class DeltaNet(Discretised):
     """S_t = (I - β_t k_t k_tᵀ) exp(-A·Δ_t) S_{t-1} + β_t k_t v_tᵀ, q and k of length 1.
 
-    Two gates a head: the decay's, and β = sigmoid(gate), ½ at a gate of 0.
+    Two gates a head: the decay's, and β = sigmoid(gate), ½ at a gate of 0.  "compiled" solves for the values that are
+    written, β_t (v_t - what k_t reads), which are then summed like any others.
     """
 
     gates = 2
-    backends = ("blocked", "fla")
+    products = 4
     fla_limit = 256
 
     def parallel(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None, **extras: Tensor) -> Tensor:
         q, k, log_decay, beta = self._prepared(q, k, gates)
         q = q * q.shape[-1] ** -0.5
+        if kernels.serves(self, q, k, v):
+            log_decay, beta = log_decay[..., None], beta[..., None]
+            return normalised(kernels.decayed(q, k, kernels.solved(beta * k, k, beta * v, log_decay), log_decay))
         if self.backend == "fla":
             return normalised(backends.fla_delta(q, k, v, log_decay, beta))
         return normalised(delta(q, k, v, log_decay, beta, self.fitting()[0]))

@@ -102,6 +102,23 @@ def forgetting(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return kernels.decayed(q * q.shape[-1] ** -0.5, k, v, F.logsigmoid(k) / 4)
 
 
+def _strengths(k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys of length 1, log decays and β of the delta rule, all known from the keys."""
+    return F.normalize(k, dim=-1), F.logsigmoid(k[..., :1]) / 4, k[..., -1:].sigmoid()
+
+
+def rewriting(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The delta rule by the kernels."""
+    k, log_decay, beta = _strengths(k)
+    return kernels.decayed(q, k, kernels.solved(beta * k, k, beta * v, log_decay), log_decay)
+
+
+def rewritten(q: Tensor, k: Tensor, v: Tensor, shift: int = 0) -> Tensor:
+    """Its oracle; `shift` lets decays act by so many slots too late, wrongly."""
+    k, log_decay, beta = _strengths(k)
+    return reference.delta_rule(q, k, v, log_decay[..., 0].roll(shift, 2), beta[..., 0])
+
+
 def forgotten(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The oracle of decayed."""
     return reference.decayed_attention(q, k, v, F.logsigmoid(k) / 4) / q.shape[-1] ** 0.5

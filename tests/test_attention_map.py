@@ -129,7 +129,9 @@ def test_the_command_writes_what_it_found(tmp_path: Path, capsys: pytest.Capture
     written = Path(capsys.readouterr().out.splitlines()[-1])
     told = json.loads(written.read_text())
     assert written.parent == tmp_path / "artifacts" / path.stem
-    assert attention_map.main([str(path), "--radii", "1,2", "--images", "10", "--out", str(tmp_path / "elsewhere")]) == 0
+    assert (
+        attention_map.main([str(path), "--radii", "1,2", "--images", "10", "--out", str(tmp_path / "elsewhere")]) == 0
+    )
     assert (tmp_path / "elsewhere" / written.name).read_text() == written.read_text()
     assert told["attention"]["images"] == 10
     assert len(told["attention"]["within"]["2"]) == 2 and len(told["attention"]["within"]["2"][0]) == 2

@@ -96,7 +96,7 @@ def test_mistakes_in_the_delta_rule_are_caught(mistake: str, monkeypatch: pytest
             return right(q, k, v * log_decay.exp()[..., None], log_decay, beta, chunk)
         return right(q, k, v, torch.nn.functional.pad(log_decay[..., :-1], (1, 0)), beta, chunk)
 
-    mixer = DeltaNet(layer()).double()
+    mixer = DeltaNet(layer(backend="blocked")).double()
     q, k, v = draw(2, 4, 65, 8)
     (gates,) = draw(2, 4, 65, 2, count=1)
     true = mixer.oracle(q, k, v, gates=gates)

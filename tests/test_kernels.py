@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -35,6 +36,8 @@ from tests.oracles import (
     inputs,
     local,
     recurrent,
+    rewriting,
+    rewritten,
     scanned,
     square,
     whole,
@@ -130,6 +133,21 @@ def test_decay2d_equals_its_oracle(height: int, width: int, later: bool, dtype: 
 def test_decayed_equals_its_oracle(seq: int, dtype: torch.dtype) -> None:
     for dim in (1, 5, 8, 16, 39):
         assert_same(forgetting, forgotten, *inputs(2, 3, seq, dim, dtype))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("seq", [1, 2, 15, 129])
+def test_the_delta_rule_of_two_kernels_equals_its_oracle(seq: int, dtype: torch.dtype) -> None:
+    for dim in (1, 5, 8, 16, 39):
+        assert_same(rewriting, rewritten, *inputs(2, 3, seq, dim, dtype))
+
+
+@needs_compiler
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_what_fades_a_slot_too_early_or_too_late_is_read_wrongly(shift: int) -> None:
+    with pytest.raises(AssertionError, match="not close"):
+        assert_same(rewriting, partial(rewritten, shift=shift), *inputs(1, 1, 15, 4))
 
 
 @needs_compiler
@@ -283,7 +301,7 @@ def test_views_and_expanded_gradients_are_read_by_their_strides(attend: Attend) 
 
 
 @needs_compiler
-@pytest.mark.parametrize("attend", [local(9, 5, 2), scanned, whole, fading(9, 5), forgetting])
+@pytest.mark.parametrize("attend", [local(9, 5, 2), scanned, whole, fading(9, 5), forgetting, rewriting])
 def test_the_number_of_threads_changes_no_bit(attend: Attend) -> None:
     before, results = torch.get_num_threads(), []
     try:
@@ -299,7 +317,7 @@ def test_the_number_of_threads_changes_no_bit(attend: Attend) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned, whole, fading(3, 5), forgetting])
+@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned, whole, fading(3, 5), forgetting, rewriting])
 def test_operators_work_under_compile_and_with_fake_and_meta_tensors(attend: Attend) -> None:
     q, k, v = inputs(2, 2, 15, 4)
     for got, want in zip(
@@ -319,7 +337,7 @@ def test_operators_work_under_compile_and_with_fake_and_meta_tensors(attend: Att
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned, whole, fading(3, 5), forgetting])
+@pytest.mark.parametrize("attend", [local(3, 5, 2), scanned, whole, fading(3, 5), forgetting, rewriting])
 def test_what_is_no_number_is_not_hidden(attend: Attend, dtype: torch.dtype) -> None:
     """Of either sign: an x86's own is negative."""
     for index, sign in itertools.product(range(3), (1.0, -1.0)):
@@ -355,6 +373,7 @@ def test_great_scores_neither_overflow_nor_vanish() -> None:
         ("linear", "linear_forward", (1, 1, 1, 1, 2**50, 0, 1), 6),
         ("decay", "decay_grid", (1, 1, 1, 2**50, 1, 1, 0, 0), 5),
         ("decay", "decay_line", (1, 1, 1, 1, 2**50, 1, 0, 0), 5),
+        ("decay", "decay_solve", (1, 1, 1, 1, 2**50, 1, 0, 0), 5),
         ("local2d", "local2d_forward", (1, 1, 1, 1, 2**50, 1), 6),
         ("local2d", "local2d_backward", (2**50, 1, 1, 1, 1, 1), 11),
     ],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import block, window
 from .compiler import missing, unfit
-from .decay import decayed, decayed2d
+from .decay import decayed, decayed2d, solved
 from .decode import Parts, Stack, decodes
 from .full import full
 from .linear import linear
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Parts", "Stack", "block", "decayed", "decayed2d", "decodes", "full", "linear", "local2d", "missing", "offsets",
-    "serves", "unfit", "window", "working_rows",
+    "serves", "solved", "unfit", "window", "working_rows",
 ]  # fmt: skip
 
 

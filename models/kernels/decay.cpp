@@ -2,6 +2,8 @@
 //
 // decay_line, along a sequence, the own slot among those read:
 //     M_t = D_t M_{t-1} + X_t,  D_t one number, one for each row of M or one for each of its columns ("lanes").
+// decay_solve, along a sequence, D_t one number: the y that are subtracted from b when they are read,
+//     y_t = b_t - x_tᵀ D_t M_{t-1},  M_t = D_t M_{t-1} + a_t y_tᵀ.
 // decay_grid, over earlier pixels, each faded by λ_row^(r-r') λ_col^|c-c'|:
 //     A[r, c] = λ_row (A + X)[r-1, c]                  earlier rows, by column
 //     P[r, c] = A[r, c] + λ_col (P + X)[r, c-1]        of them and the own row: what is here or to the left
@@ -10,7 +12,7 @@
 // A row is read twice, from the left for P and from the right for R and the next A.
 //
 // Turned round, from the last slot to the first, the same sums are over later ones.  That serves all gradients, g being
-// that of the output:
+// that of the output (decay.py has those of decay_solve):
 //     out: x = q, a = k, b = v;   dq: x = g, a = v, b = k;   turned, dk: x = v, a = g, b = q;   dv: x = k, a = q, b = g.
 // A tile of rows of the matrices by one vector goes over a block of slots, or the grid, in registers; A lies in memory.
 #include <algorithm>
@@ -74,6 +76,15 @@ template <typename T, int LANES> struct Worker {
         return {to, LANES};
     }
 
+    // D of the slots from `first` on; turned round, what a slot finds has faded by the D of the slot before.  There is
+    // none for the first slot, which finds nothing.
+    Line<T> decays(int64_t first) const {
+        const View<T>& w = in.fades;
+        T* at = w.at(b, h) + (p.fades == BY_LANE ? lane : 0);
+        if (p.turned) return {at + (p.slots() - first) * w.slot, -w.slot};
+        return {at + first * w.slot, w.slot};
+    }
+
     // Rows in tiles of as many as there are, from the largest size on: tile(rows of it, the first).
     template <int... SIZES, typename Tile> void tiles(const Tile& tile) const {
         int64_t first = 0;
@@ -95,14 +106,6 @@ template <typename T, int LANES> struct Along : Worker<T, LANES> {
         matrix = this->vectors(0), values = this->vectors(p.rows), fades = this->vectors(p.rows + BLOCK);
     }
 
-    // D of the slots from `first` on; turned round, what a slot finds has faded by the D of the slot before.
-    Line<T> decays(int64_t first) const {
-        const View<T>& w = in.fades;
-        T* at = w.at(this->b, this->h) + (p.fades == BY_LANE ? this->lane : 0);
-        if (p.turned) return {at + (p.slots() - first) * w.slot, -w.slot};
-        return {at + first * w.slot, w.slot};
-    }
-
     template <int BY, int N>
     void tile(int64_t first, int64_t slot, int64_t slots, Line<T> b, Line<T> w, T* kept_at) {
         Line<T> x = this->line(in.x, slot, first), a = this->line(in.a, slot, first), y = this->line(in.y, slot, this->lane);
@@ -112,7 +115,7 @@ template <typename T, int LANES> struct Along : Worker<T, LANES> {
         for (int64_t i = 0; i < slots; i++) {
             const T *read = x.at(i), *key = a.at(i);
             V value = S::load(b.at(i)), sums[CHAINS]{};
-            if (slot + i) {  // the first slot finds nothing, and turned round there is no D for it
+            if (slot + i) {
                 const T* fade = w.at(i);
                 V all = BY == BY_LANE ? S::load(fade) : S::fill(*fade);
                 for (int r = 0; r < N; r++) kept[r] *= BY == BY_ROW ? S::fill(fade[first + r]) : all;
@@ -131,10 +134,9 @@ template <typename T, int LANES> struct Along : Worker<T, LANES> {
         std::fill_n(matrix, p.rows * LANES, T(0));
         for (int64_t slot = 0; slot < p.slots(); slot += BLOCK) {
             int64_t slots = std::min<int64_t>(BLOCK, p.slots() - slot);
-            Line<T> b = this->whole(this->line(in.b, slot, this->lane), slots, values), w = decays(slot);
+            Line<T> b = this->whole(this->line(in.b, slot, this->lane), slots, values), w = this->decays(slot);
             if (BY == BY_LANE && this->count() < LANES) {
-                int64_t none = slot == 0;  // that of the first slot may lie outside
-                for (int64_t i = none; i < slots; i++) S::store(fades + i * LANES, S::load(w.at(i), this->count()));
+                for (int64_t i = slot == 0; i < slots; i++) S::store(fades + i * LANES, S::load(w.at(i), this->count()));
                 w = {fades, LANES};
             }
             this->template tiles<WIDEST >= 64 ? 16 : 8, 8, 4, 1>([&](auto size, int64_t first) {
@@ -147,6 +149,38 @@ template <typename T, int LANES> struct Along : Worker<T, LANES> {
         if (p.fades == ONE) by<ONE>();
         else if (p.fades == BY_ROW) by<BY_ROW>();
         else by<BY_LANE>();
+    }
+};
+
+template <typename T, int LANES> struct Solve : Worker<T, LANES> {
+    using Base = Worker<T, LANES>;
+    using typename Base::S, typename Base::V;
+    using Base::p, Base::in;
+
+    T* matrix;
+
+    Solve(const Problem& p, const Tensors<T>& in) : Base(p, in, p.rows) { matrix = this->vectors(0); }
+
+    // A slot's y needs all rows of the matrix, which thus lies in memory; it is added when the next slot reads them.
+    void work() {
+        Line<T> x = this->line(in.x, 0, 0), a = this->line(in.a, 0, 0), w = this->decays(0);
+        Line<T> b = this->line(in.b, 0, this->lane), y = this->line(in.y, 0, this->lane);
+        std::fill_n(matrix, p.rows * LANES, T(0));
+        V last{};
+        for (int64_t t = 0; t < p.slots(); t++) {
+            const T *read = x.at(t), *key = a.at(std::max<int64_t>(t - 1, 0)), fade = t ? *w.at(t) : T(0);
+            V sums[4]{};
+            int64_t r = 0;
+            auto row = [&](int64_t r, V& sum) {
+                V here = fade * (S::load(matrix + r * LANES) + key[r] * last);
+                S::store(matrix + r * LANES, here), sum += read[r] * here;
+            };
+            for (; r + 4 <= p.rows; r += 4)
+                for (int i = 0; i < 4; i++) row(r + i, sums[i]);
+            for (; r < p.rows; r++) row(r, sums[0]);
+            last = S::load(b.at(t), this->count()) - ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+            S::store(y.at(t), last, this->count());
+        }
     }
 };
 
@@ -252,5 +286,7 @@ void choose(const Problem& p, int threads, void** at, const int64_t (*strides)[3
     }
 EXPORT(line, Along, float, float32)
 EXPORT(line, Along, double, float64)
+EXPORT(solve, Solve, float, float32)
+EXPORT(solve, Solve, double, float64)
 EXPORT(grid, Over, float, float32)
 EXPORT(grid, Over, double, float64)

@@ -37,19 +37,42 @@ def decayed2d(q: Tensor, k: Tensor, v: Tensor, fades: Tensor, height: int, width
     return _Decayed2D.apply(q, k, v, fades, height, width, later)
 
 
+def solved(x: Tensor, a: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    """The y with y_t = v_t - Σ exp(log_decay_{j+1} + … + log_decay_t) (x_t·a_j) y_j over the slots before t.
+
+    x, a (batch, heads, seq, width), v, y (…, channels), log_decay (…, 1).  Else as `decayed`.
+    """
+    return _Solved.apply(x, a, v, log_decay)
+
+
 @torch.library.custom_op("attnbench::decay_line", mutates_args=(), device_types="cpu")
 def _line(x: Tensor, a: Tensor, b: Tensor, fade: Tensor, by: int, later: bool) -> Tensor:
-    """Σ (x·a) b with a and b (BY_LANE) or x (else) faded: what the output is, and each gradient too."""
-    out = like(b)
-    batch, heads, seq, rows = x.shape
-    shape = (batch, heads, 1, seq, rows, b.shape[3], int(later), by)
-    call("decay", "decay_line", shape, 0.0, dense(x), dense(a), dense(b), out, dense(fade.expand(batch, -1, seq, -1)))
-    return out
+    """Σ (x·a) b over the slots no later, or no earlier, faded in between: what the output is, and each gradient too."""
+    return _along("decay_line", x, a, b, fade, by, later)
 
 
 @_line.register_fake
 def _(x: Tensor, a: Tensor, b: Tensor, fade: Tensor, by: int, later: bool) -> Tensor:
     return like(b)
+
+
+@torch.library.custom_op("attnbench::decay_solve", mutates_args=(), device_types="cpu")
+def _solve(x: Tensor, a: Tensor, b: Tensor, fade: Tensor, later: bool) -> Tensor:
+    """The y with y = b - Σ (x·a) y over the slots before, or after: what the output is, and the gradient of b too."""
+    return _along("decay_solve", x, a, b, fade, ONE, later)
+
+
+@_solve.register_fake
+def _(x: Tensor, a: Tensor, b: Tensor, fade: Tensor, later: bool) -> Tensor:
+    return like(b)
+
+
+def _along(function: str, x: Tensor, a: Tensor, b: Tensor, fade: Tensor, by: int, later: bool) -> Tensor:
+    out = like(b)
+    batch, heads, seq, rows = x.shape
+    shape = (batch, heads, 1, seq, rows, b.shape[3], int(later), by)
+    call("decay", function, shape, 0.0, dense(x), dense(a), dense(b), out, dense(fade.expand(batch, -1, seq, -1)))
+    return out
 
 
 @torch.library.custom_op("attnbench::decay_grid", mutates_args=(), device_types="cpu")
@@ -80,12 +103,35 @@ class _Decayed(torch.autograd.Function):
         of_q = _line(grad, v, k, fade, lanes, False)
         of_k = _line(v, grad, q, fade, lanes, True)  # a key is read by queries on the other side of it
         of_v = _line(k, q, grad, fade, rows, True)
-        if not ctx.needs_input_grad[3]:
-            return of_q, of_k, of_v, None
-        # A slot's decay is in what queries from it on read of the keys before it: all that they read, less what is
-        # read of the keys from it on (Yang et al., 2024).
-        slope = (q * of_q - k * of_k).sum_to_size(*q.shape[:3], fade.shape[3])
-        return of_q, of_k, of_v, slope.flip(2).cumsum(dim=2).flip(2).sum_to_size(fade.shape)
+        return of_q, of_k, of_v, _of_decay(q * of_q - k * of_k, fade) if ctx.needs_input_grad[3] else None
+
+
+class _Solved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+        fade = log_decay.exp()
+        y = _solve(x, a, v, fade, False)
+        ctx.save_for_backward(x, a, y, fade)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, y, fade = ctx.saved_tensors
+        of_v = _solve(a, x, grad, fade, True)  # what reads y_t is subtracted from it, later slots first
+        own = (of_v * y).sum(-1, keepdim=True)  # a slot does not read itself
+        of_x = own * a - _line(of_v, y, a, fade, ONE, False)
+        of_a = own * x - _line(y, of_v, x, fade, ONE, True)
+        return of_x, of_a, of_v, _of_decay(x * of_x - a * of_a, fade) if ctx.needs_input_grad[3] else None
+
+
+def _of_decay(read: Tensor, fade: Tensor) -> Tensor:
+    """The gradient of the logarithm, from what each slot's query read less what was read of its key, by channel.
+
+    A slot's decay is in what queries from it on read of the keys before it: all that they read, less what is read of
+    the keys from it on (Yang et al., 2024).
+    """
+    read = read.sum_to_size(*read.shape[:3], fade.shape[3])
+    return read.flip(2).cumsum(dim=2).flip(2).sum_to_size(fade.shape)
 
 
 class _Decayed2D(torch.autograd.Function):
@@ -105,7 +151,7 @@ class _Decayed2D(torch.autograd.Function):
         return (*made, None, None, None, None)
 
 
-@register_flop_formula(torch.ops.attnbench.decay_line)
+@register_flop_formula([torch.ops.attnbench.decay_line, torch.ops.attnbench.decay_solve])
 def _line_flops(x: torch.Size, a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
     """A matrix a slot, with an outer product more and read once."""
     return 4 * x.numel() * b[3]
