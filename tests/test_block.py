@@ -183,7 +183,7 @@ def test_a_trunk_is_the_same_with_them_and_without(name: str, monkeypatch: pytes
 
 @needs_compiler
 def test_torch_counts_their_products() -> None:
-    model = build("linear", height=3, width=5, vocab=7, dim=8, depth=1, heads=2)
+    model = build("local2d", height=3, width=5, vocab=7, dim=8, depth=1, heads=2)  # whose kernel it does not count
     tokens = torch.zeros(2, 3, 5, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(tokens).sum().backward()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import build, geometry, kernels, reference
 from models.decay2d import Decay2D
@@ -333,6 +334,22 @@ def test_operators_work_under_compile_and_with_fake_and_meta_tensors(attend: Att
     assert (out.shape, out.stride()) == (true.shape, true.stride())
     assert [x.grad.shape for x in fakes if x.grad is not None] == [q.shape] * 3
     assert attend(*(x.to("meta") for x in (q, k, v))).device.type == "meta"
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("attend", "products"), [(scanned, 2 * 5 / 4), (forgetting, 2), (rewriting, 4), (fading(3, 5), 4)],
+    ids=["linear", "decayed", "delta", "decayed2d"],
+)  # fmt: skip
+def test_torch_counts_products_with_states_three_times_as_many_backwards(attend: Attend, products: float) -> None:
+    """Two FLOPs for each number of a state and product; linear attention's has the mass as a fifth column."""
+    q, k, v = inputs(2, 3, 15, 4)
+    with FlopCounterMode(display=False) as counter:
+        out = attend(q, k, v)
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    assert forward == 2 * 3 * 15 * 4 * 4 * 2 * products
+    assert counter.get_total_flops() == 4 * forward
 
 
 @needs_compiler

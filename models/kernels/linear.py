@@ -81,13 +81,12 @@ class _Linear(torch.autograd.Function):
         return (*_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None)
 
 
-@register_flop_formula(torch.ops.attnbench.linear)
 def _flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
     """A state a slot with its mass, an outer product more and read once."""
     return 4 * q.numel() * (v[3] + 1)
 
 
-@register_flop_formula(torch.ops.attnbench.linear_backward)
-def _backward_flops(grad: torch.Size, *rest: Any, **__: Any) -> int:
-    """Three such sums."""
-    return 3 * _flops(*rest)
+register_flop_formula(torch.ops.attnbench.linear)(_flops)
+register_flop_formula(torch.ops.attnbench.linear_backward)(
+    lambda grad, *rest, **_: 3 * _flops(*rest)
+)  # three such sums
