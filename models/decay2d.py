@@ -32,6 +32,7 @@ Shapes: q, k, v (batch, heads, seq, head_dim) outside, (batch, heads, bands, B, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,7 @@ class Decay2D(Recurrent):
         if backend != "compiled" or reasons:
             return reasons
         learned = ["has no gradient of learned rates"] if self.learned else []
-        return learned + [reason for reason in [kernels.missing("decay")] if reason]
+        return learned + kernels.reasons("decay")
 
     def faded(self, axis: int, distance: Tensor, like: Tensor) -> Tensor:
         """λ_row (axis 0) or λ_col (axis 1) to the power of distances ≥ 0: (heads, *distance.shape), of like's dtype."""
@@ -109,7 +110,10 @@ class Decay2D(Recurrent):
         return (log_decay.view(-1, *(1,) * distance.dim()) * distance).exp().to(like.dtype)
 
     def parallel(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
-        scan, q = self.layer.scan, q * q.shape[-1] ** -0.5
+        scan, scale = self.layer.scan, q.shape[-1] ** -0.5
+        if kernels.serves(self, q, k, v):
+            return kernels.unit(self._compiled(q, k, v, scale), EPS)
+        q = q * scale
         if scan.causal:
             start = (q @ k[:, :, :1].mT) @ v[:, :, :1]
             # By what they hold: slot p + 1 holds pixel p, and none the last pixel.
@@ -118,12 +122,18 @@ class Decay2D(Recurrent):
         both = self._earlier(q, k, v) + self._earlier(q, k, v, later=True)
         return normalised((q * k).sum(-1, keepdim=True) * v + both)
 
+    def _compiled(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        grid, causal = self.layer.scan.grid, self.layer.scan.causal
+        fades = torch.stack([self.faded(axis, torch.ones((), device=q.device), q) for axis in (0, 1)])
+        summed = partial(kernels.decayed2d, q, k, v, fades, grid.height, grid.width, scale=scale)
+        earlier = summed(started=causal)
+        if causal:
+            return earlier
+        return scale * (q * k).sum(-1, keepdim=True) * v + earlier + summed(later=True)
+
     def _earlier(self, q: Tensor, k: Tensor, v: Tensor, later: bool = False) -> Tensor:
         """Each pixel's sum over raster-earlier pixels, or over later ones, all (batch, heads, pixels, head_dim)."""
         grid = self.layer.scan.grid
-        if kernels.serves(self, q, k, v):
-            fades = torch.stack([self.faded(axis, torch.ones((), device=q.device), q) for axis in (0, 1)])
-            return kernels.decayed2d(q, k, v, fades, grid.height, grid.width, later)
         if later:  # turned by 180°, later is earlier
             return self._earlier(q.flip(2), k.flip(2), v.flip(2)).flip(2)
         q, k, v = (self._tiled(x.unflatten(2, (grid.height, grid.width))) for x in (q, k, v))
@@ -229,10 +239,11 @@ class Decay2D(Recurrent):
         return normalised(q * q.shape[-1] ** -0.5 @ (state.start + state.left + state.above[:, :, col])), state
 
     def flops(self) -> int:
-        """The matrix products: two states a pixel, made and read, or whole tiles; and the start token's."""
-        grid, d = self.layer.scan.grid, self.layer.head_dim
-        start, sums = 4 * grid.size * d, 8 * grid.size * d * d if self.backend == "compiled" else self._tile_flops()
-        return self.layer.heads * (sums + start if self.layer.scan.causal else 2 * sums)
+        """The matrix products: two states a pixel, made and read, or whole tiles and the start token's."""
+        grid, d, causal = self.layer.scan.grid, self.layer.head_dim, self.layer.scan.causal
+        # The kernel adds the start token's state to another before it reads them.
+        once = 8 * grid.size * d * d if self.backend == "compiled" else self._tile_flops() + causal * 4 * grid.size * d
+        return self.layer.heads * (once if causal else 2 * once)
 
     def _tile_flops(self) -> int:
         """Of a head: inside, sideways, above."""

@@ -65,7 +65,7 @@ class Dense(ExactMixer):
         if backend == "compiled":
             unfit = self.layer.biased and not self.layer.relates
             reasons = ["adds a bias to the scores by (Δrow, Δcol) or distance only"] if unfit else []
-            return reasons + [reason for reason in [kernels.missing("full")] if reason]
+            return reasons + kernels.reasons("full")
         return [] if backend == "blocked" else super().refusals(backend)
 
     def visible(self) -> Predicate:

@@ -11,7 +11,6 @@ state (batch, heads, head_dim, head_dim).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -45,7 +44,7 @@ class Fading(Recurrent):
         if backend == "fla":
             reasons += backends.fla_reasons(self.layer.scan, self.layer.head_dim, self.fla_limit)
         if backend == "compiled" and not reasons:
-            return [reason for reason in [kernels.missing("decay")] if reason]
+            return kernels.reasons("decay")
         return reasons
 
     def log_decay(self, gates: Tensor | None, like: Tensor) -> Tensor:
@@ -57,11 +56,11 @@ class Fading(Recurrent):
         return k
 
     def parallel(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None, **extras: Tensor) -> Tensor:
+        scale, k, log_decay = q.shape[-1] ** -0.5, self.key(k, gates), self.log_decay(gates, q)
         if kernels.serves(self, q, k, v):
-            add: Callable[..., Tensor] = kernels.decayed
-        else:
-            add = backends.fla_decayed if self.backend == "fla" else self._sum
-        return normalised(add(q * q.shape[-1] ** -0.5, self.key(k, gates), v, self.log_decay(gates, q)))
+            return kernels.unit(kernels.decayed(q, k, v, log_decay, scale), EPS)
+        add = backends.fla_decayed if self.backend == "fla" else self._sum
+        return normalised(add(q * scale, k, v, log_decay))
 
     def _sum(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
         return decayed(q, k, v, log_decay[..., 0], self.fitting()[0])
@@ -205,10 +204,12 @@ class DeltaNet(Discretised):
 
     def parallel(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None, **extras: Tensor) -> Tensor:
         q, k, log_decay, beta = self._prepared(q, k, gates)
-        q = q * q.shape[-1] ** -0.5
+        scale = q.shape[-1] ** -0.5
         if kernels.serves(self, q, k, v):
             log_decay, beta = log_decay[..., None], beta[..., None]
-            return normalised(kernels.decayed(q, k, kernels.solved(beta * k, k, beta * v, log_decay), log_decay))
+            written = kernels.solved(beta * k, k, beta * v, log_decay)
+            return kernels.unit(kernels.decayed(q, k, written, log_decay, scale), EPS)
+        q = q * scale
         if self.backend == "fla":
             return normalised(backends.fla_delta(q, k, v, log_decay, beta))
         return normalised(delta(q, k, v, log_decay, beta, self.fitting()[0]))

@@ -67,7 +67,7 @@ class Linear(Recurrent):
             return reasons
         if not self.layer.scan.causal:
             reasons.append(f"serves objective 'ar' only, not {self.layer.scan.objective!r}")
-        return reasons + [reason for reason in [kernels.missing("linear")] if reason]
+        return reasons + kernels.reasons("linear")
 
     def feature(self, x: Tensor, first: int = 0) -> Tensor:
         """φ of queries or keys of consecutive slots, of which `first` is the first."""

@@ -94,7 +94,7 @@ class Local2D(ExactMixer):
         rows = kernels.working_rows(scan.grid.height, scan.grid.width, self.radius)
         if rows > max(self.layer.size**2, SMALL):
             reasons.append(f"keeps {rows:,} numbers in working rows, more than a dense layer's scores")
-        return reasons + [reason for reason in [kernels.missing("local2d")] if reason]
+        return reasons + kernels.reasons("local2d")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> Tensor:
         if self.backend == "natten":

@@ -79,19 +79,27 @@ def fades(q: Tensor) -> Tensor:
     return torch.linspace(0.4, 0.95, 2 * q.shape[1], dtype=q.dtype).view(2, -1)
 
 
-def fading(height: int, width: int, later: bool = False) -> Attend:
-    return lambda q, k, v: kernels.decayed2d(q * q.shape[-1] ** -0.5, k, v, fades(q), height, width, later)
+def fading(height: int, width: int, later: bool = False, started: bool = False) -> Attend:
+    return lambda q, k, v: kernels.decayed2d(
+        q, k, v, fades(q), height, width, scale=q.shape[-1] ** -0.5, later=later, started=started
+    )
 
 
-def faded(height: int, width: int, later: bool = False, swapped: bool = False) -> Attend:
-    """The oracle of decay2d: pixels by their slots; or, wrongly, columns for rows."""
-    slot = torch.arange(height * width)
-    rows, cols = (abs(x[:, None] - x[None, :]) for x in (slot // width, slot % width))
-    seen = slot[:, None] < slot[None, :] if later else slot[:, None] > slot[None, :]
+def faded(
+    height: int, width: int, later: bool = False, started: bool = False, swapped: bool = False, shift: int = 0
+) -> Attend:
+    """The oracle of decay2d: pixels by their slots; or, wrongly, columns for rows, or keys so many slots too late."""
+    target = torch.arange(height * width)
+    content = target - int(started) - shift
+    rows = (target[:, None] // width - content[None, :] // width).abs()
+    cols = (target[:, None] % width - content[None, :] % width).abs()
+    seen = target[:, None] < content[None, :] if later else target[:, None] > content[None, :]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         down, across = fades(q).flip(0) if swapped else fades(q)
         weight = down[:, None, None] ** rows * across[:, None, None] ** cols * seen
+        if started:
+            weight[:, :, 0] = 1
         return reference.weighted_attention(q, k, v, weight) / q.shape[-1] ** 0.5
 
     return attend

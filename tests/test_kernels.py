@@ -119,13 +119,12 @@ def test_linear_equals_its_oracle(seq: int, dtype: torch.dtype) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(("later", "started"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize(("height", "width"), GRIDS)
-def test_decay2d_equals_its_oracle(height: int, width: int, later: bool, dtype: torch.dtype) -> None:
+def test_decay2d_equals_its_oracle(height: int, width: int, later: bool, started: bool, dtype: torch.dtype) -> None:
     for dim in (1, 5, 8, 16, 39):
-        assert_same(
-            fading(height, width, later), faded(height, width, later), *inputs(2, 3, height * width, dim, dtype)
-        )
+        given = inputs(2, 3, height * width, dim, dtype)
+        assert_same(fading(height, width, later, started), faded(height, width, later, started), *given)
 
 
 @needs_compiler
@@ -179,10 +178,24 @@ def test_a_decay_that_acts_a_slot_too_early_or_too_late_is_noticed(shift: int) -
 
 
 @needs_compiler
-def test_decay2d_with_its_axes_swapped_or_on_the_wrong_side_is_noticed() -> None:
-    for wrong in (faded(3, 5, swapped=True), faded(3, 5, later=True)):
-        with pytest.raises(AssertionError, match="not close"):
-            assert_same(fading(3, 5), wrong, *inputs(1, 1, 15, 4))
+@pytest.mark.parametrize("mistake", [{"swapped": True}, {"later": True}, {"shift": -1}, {"shift": 1}], ids=str)
+def test_decay2d_with_its_axes_swapped_on_the_wrong_side_or_a_slot_off_is_noticed(mistake: dict[str, int]) -> None:
+    with pytest.raises(AssertionError, match="not close"):
+        assert_same(fading(3, 5, started=True), faded(3, 5, started=True, **mistake), *inputs(1, 1, 15, 4))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("seq", [1, 2, 15, 16, 17, 40])
+def test_a_head_by_its_root_mean_square_equals_its_definition(seq: int, dtype: torch.dtype) -> None:
+    forward, backward = TOLERANCES[dtype]
+    for dim in (1, 5, 8, 16, 39):
+        x = inputs(2, 3, seq, dim, dtype)[0]
+        got, want = kernels.unit(x, 1e-3), reference.unit_mean_square(x, 1e-3)
+        assert_close(got, want, rtol=forward, atol=forward)
+        upstream = torch.randn_like(want)
+        ours, theirs = (torch.autograd.grad(y, x, upstream)[0] for y in (got, want))
+        assert_close(ours, theirs, rtol=backward, atol=backward)
 
 
 @needs_compiler
@@ -388,9 +401,9 @@ def test_great_scores_neither_overflow_nor_vanish() -> None:
     [
         ("full", "full_forward", (1, 1, 1, 2**50, 1, 0), 8),
         ("linear", "linear_forward", (1, 1, 1, 1, 2**50, 0, 1), 6),
-        ("decay", "decay_grid", (1, 1, 1, 2**50, 1, 1, 0, 0), 5),
-        ("decay", "decay_line", (1, 1, 1, 1, 2**50, 1, 0, 0), 5),
-        ("decay", "decay_solve", (1, 1, 1, 1, 2**50, 1, 0, 0), 5),
+        ("decay", "decay_grid", (1, 1, 1, 2**50, 1, 1, 0, 0, 0), 5),
+        ("decay", "decay_line", (1, 1, 1, 1, 2**50, 1, 0, 0, 0), 5),
+        ("decay", "decay_solve", (1, 1, 1, 1, 2**50, 1, 0, 0, 0), 5),
         ("local2d", "local2d_forward", (1, 1, 1, 1, 2**50, 1), 6),
         ("local2d", "local2d_backward", (2**50, 1, 1, 1, 1, 1), 11),
     ],

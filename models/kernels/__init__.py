@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from . import block, window
-from .compiler import missing, unfit
-from .decay import decayed, decayed2d, solved
+from .compiler import missing, reasons, unfit
+from .decay import decayed, decayed2d, solved, unit
 from .decode import Parts, Stack, decodes
 from .full import full
 from .linear import linear
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Parts", "Stack", "block", "decayed", "decayed2d", "decodes", "full", "linear", "local2d", "missing", "offsets",
-    "serves", "solved", "unfit", "window", "working_rows",
+    "reasons", "serves", "solved", "unfit", "unit", "window", "working_rows",
 ]  # fmt: skip
 
 

@@ -5,12 +5,8 @@
 // Weights are laid into panels first (see Panels), so that a product reads them in the order in which they lie.
 // The gradients of weights are summed in as many parts as the shape alone says, and with it all rounding.
 #include <cmath>
-#include <memory>
-#include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
+#include "jobs.h"
 #include "product.h"
 
 namespace {
@@ -143,18 +139,12 @@ template <typename T> void copy(const T* from, int64_t width, int64_t count, T* 
 // `size` numbers of the thread's own.
 template <typename T, typename Work>
 void run(int64_t rows, int64_t parts, int64_t size, int threads, const Work& work) {
-    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, parts)));
-    std::vector<T> rooms(size * threads);
     int64_t each = (rows + parts - 1) / parts;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t part = 0; part < parts; part++) {
-        T* room = rooms.data();
-#ifdef _OPENMP
-        room += omp_get_thread_num() * size;
-#endif
+    auto blocks = [&](std::vector<T>& room, int64_t part) {
         int64_t end = std::min(rows, (part + 1) * each);
-        for (int64_t row = part * each; row < end; row += BLOCK) work(part, row, std::min(BLOCK, end - row), room);
-    }
+        for (int64_t row = part * each; row < end; row += BLOCK) work(part, row, std::min(BLOCK, end - row), room.data());
+    };
+    share<std::vector<T>>(threads, parts, blocks, size);
 }
 
 // The sums of all parts, one tensor after the other, to those tensors.

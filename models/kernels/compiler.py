@@ -52,6 +52,11 @@ def missing(name: str) -> str | None:
     return None
 
 
+def reasons(name: str) -> list[str]:
+    """`missing` as a list, which is empty where the kernel can be had."""
+    return [reason for reason in [missing(name)] if reason]
+
+
 def unfit(*tensors: Tensor) -> str | None:
     """Why a kernel cannot take these tensors, or None if it can."""
     for tensor in tensors:

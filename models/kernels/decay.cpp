@@ -9,19 +9,19 @@
 //     P[r, c] = A[r, c] + λ_col (P + X)[r, c-1]        of them and the own row: what is here or to the left
 //     R[r, c] = λ_col (A + R)[r, c+1]                  of them: what is to the right
 //     y[r, c] = xᵀ (P + R)
-// A row is read twice, from the left for P and from the right for R and the next A.
+// A row is read twice, from the left for P and from the right for R and the next A.  Started, slot 0 of the keys is the
+// start token, which all pixels read unfaded, and slot p + 1 is pixel p; no slot is the last pixel.
+//
+// All of these times a scale, but for decay_solve.  decay_unit, y = x / √(mean of x² + eps) in every slot.
 //
 // Turned round, from the last slot to the first, the same sums are over later ones.  That serves all gradients, g being
 // that of the output (decay.py has those of decay_solve):
 //     out: x = q, a = k, b = v;   dq: x = g, a = v, b = k;   turned, dk: x = v, a = g, b = q;   dv: x = k, a = q, b = g.
 // A tile of rows of the matrices by one vector goes over a block of slots, or the grid, in registers; A lies in memory.
-#include <algorithm>
-#include <memory>
-#include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include <cmath>
+#include <limits>
 
+#include "jobs.h"
 #include "simd.h"
 
 namespace {
@@ -29,7 +29,8 @@ namespace {
 enum Fades : int64_t { ONE, BY_ROW, BY_LANE };  // what D_t is
 
 struct Problem {
-    int64_t batch, heads, height, width, rows, lanes, turned, fades;  // X is rows × lanes: the channels of a and b
+    int64_t batch, heads, height, width, rows, lanes, turned, fades, started;  // X is rows × lanes: the channels of a and b
+    double scale;
     int64_t slots() const { return height * width; }
 };
 
@@ -70,7 +71,7 @@ template <typename T, int LANES> struct Worker {
     }
 
     // The vectors from `lane` on: where they lie if they are whole, else copied and filled up with zeros.
-    Line<T> whole(Line<T> from, int64_t slots, T* to) const {
+    template <typename Slots> Slots whole(Slots from, int64_t slots, T* to) const {
         if (count() == LANES) return from;
         for (int64_t i = 0; i < slots; i++) S::store(to + i * LANES, S::load(from.at(i), count()));
         return {to, LANES};
@@ -125,6 +126,7 @@ template <typename T, int LANES> struct Along : Worker<T, LANES> {
                 sums[r % CHAINS] += read[r] * kept[r];
             }
             for (int c = 1; c < CHAINS; c++) sums[0] += sums[c];
+            sums[0] *= T(p.scale);
             S::store(y.at(i), first ? sums[0] + S::load(y.at(i), this->count()) : sums[0], this->count());
         }
         for (int r = 0; r < N; r++) S::store(kept_at + r * LANES, kept[r]);
@@ -184,10 +186,18 @@ template <typename T, int LANES> struct Solve : Worker<T, LANES> {
     }
 };
 
+// A row of pixels in the order of the sum; beyond `least` and `most` stand those.
+template <typename T> struct Pixels {
+    T* data;
+    int64_t pitch, least = std::numeric_limits<int64_t>::min(), most = std::numeric_limits<int64_t>::max();
+    T* at(int64_t col) const { return data + std::min(std::max(col, least), most) * pitch; }
+};
+
 template <typename T, int LANES> struct Over : Worker<T, LANES> {
     using Base = Worker<T, LANES>;
     using typename Base::S, typename Base::V;
     using Base::p, Base::in;
+    enum Start { NONE, READ, SUMMED };  // the start token's matrix: read by every pixel; turned round, their sum
 
     static constexpr int ROWS = 8;  // of a tile: A of 64 columns then stays in L1
     T *above, *sums, *values;       // A (width, rows of a tile, LANES); y and b of a grid row (width, LANES)
@@ -196,23 +206,33 @@ template <typename T, int LANES> struct Over : Worker<T, LANES> {
         above = this->vectors(0), sums = this->vectors(p.width * ROWS), values = this->vectors(p.width * (ROWS + 1));
     }
 
+    // Where started, keys stand a slot later than their pixels.  In the place of the last pixel, which has none, the one
+    // before it is read, which serves nobody, or written, before its own turn comes.
+    Pixels<T> pixels(const View<T>& x, int64_t slot, int64_t channel, bool keys) const {
+        Line<T> own = this->line(x, slot, channel);
+        if (!keys || !p.started) return {own.data, own.pitch};
+        if (p.turned) return {own.data + x.slot, own.pitch, slot == 0 ? 1 : 0};
+        return {own.data + x.slot, own.pitch, -1, slot + p.width == p.slots() ? p.width - 2 : p.width - 1};
+    }
+
     // P from the left: the row's sums over what is here or to the left.
-    template <int N> void from_left(Line<T> x, Line<T> a, Line<T> b, T fade) {
+    template <int N, Start START> void from_left(Pixels<T> x, Pixels<T> a, Pixels<T> b, T fade, V (&start)[N]) {
         V kept[N]{};
         for (int64_t col = 0; col < p.width; col++) {
             const T *read = x.at(col), *key = a.at(col), *base = above + col * N * LANES;
-            V value = fade * S::load(b.at(col)), sum[2]{};
+            V given = S::load(b.at(col)), value = fade * given, sum[2]{};
             for (int r = 0; r < N; r++) {
                 V here = S::load(base + r * LANES) + kept[r];  // P
-                sum[r % 2] += read[r] * here;
+                sum[r % 2] += read[r] * (START == READ ? here + start[r] : here);
                 kept[r] = fade * here + key[r] * value;
+                if (START == SUMMED) start[r] += key[r] * given;
             }
             S::store(sums + col * LANES, sum[0] + sum[1]);
         }
     }
 
     // R from the right, and A for the row below.
-    template <int N> void from_right(Line<T> x, Line<T> a, Line<T> b, T fade, T down) {
+    template <int N> void from_right(Pixels<T> x, Pixels<T> a, Pixels<T> b, T fade, T down) {
         V kept[N]{};
         for (int64_t col = p.width - 1; col >= 0; col--) {
             const T *read = x.at(col), *key = a.at(col);
@@ -229,42 +249,46 @@ template <typename T, int LANES> struct Over : Worker<T, LANES> {
     }
 
     // Rows from `first` on over the whole grid.
-    template <int N> void tile(int64_t first) {
-        const T down = in.fades.data[this->h], fade = in.fades.data[p.heads + this->h];
+    template <int N, Start START> void tile(int64_t first) {
+        const T down = in.fades.data[this->h], fade = in.fades.data[p.heads + this->h], scale = T(p.scale);
+        V start[N]{}, last = S::load(in.b.at(this->b, this->h) + this->lane, this->count());
+        for (int r = 0; START == READ && r < N; r++) start[r] = in.a.at(this->b, this->h)[first + r] * last;
         std::fill_n(above, p.width * N * LANES, T(0));
+        auto put = [&](T* y, V sum) {
+            S::store(y, first ? scale * sum + S::load(y, this->count()) : scale * sum, this->count());
+        };
         for (int64_t slot = 0; slot < p.slots(); slot += p.width) {
-            Line<T> x = this->line(in.x, slot, first), a = this->line(in.a, slot, first);
-            Line<T> y = this->line(in.y, slot, this->lane);
-            Line<T> b = this->whole(this->line(in.b, slot, this->lane), p.width, values);
-            from_left<N>(x, a, b, fade);
+            Pixels<T> x = pixels(in.x, slot, first, p.turned), a = pixels(in.a, slot, first, !p.turned);
+            Pixels<T> y = pixels(in.y, slot, this->lane, p.turned);
+            Pixels<T> b = this->whole(pixels(in.b, slot, this->lane, !p.turned), p.width, values);
+            from_left<N, START>(x, a, b, fade, start);
             from_right<N>(x, a, b, fade, down);
-            for (int64_t col = 0; col < p.width; col++) {
-                V sum = S::load(sums + col * LANES);
-                S::store(y.at(col), first ? sum + S::load(y.at(col), this->count()) : sum, this->count());
-            }
+            for (int64_t col = 0; col < p.width; col++) put(y.at(col), S::load(sums + col * LANES));
         }
+        if (START != SUMMED) return;
+        V sum{};
+        for (int r = 0; r < N; r++) sum += in.x.at(this->b, this->h)[first + r] * start[r];
+        put(in.y.at(this->b, this->h) + this->lane, sum);
+    }
+
+    template <Start START> void all() {
+        this->template tiles<ROWS, 4, 1>([&](auto size, int64_t first) { tile<size.value, START>(first); });
     }
 
     void work() {
-        this->template tiles<ROWS, 4, 1>([&](auto size, int64_t first) { tile<size.value>(first); });
+        if (!p.started) all<NONE>();
+        else if (p.turned) all<SUMMED>();
+        else all<READ>();
     }
 };
 
 template <typename Work, int LANES, typename T> void run(const Problem& p, int threads, const Tensors<T>& in) {
-    int64_t across = (p.lanes + LANES - 1) / LANES, jobs = p.batch * p.heads * across;
-    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, jobs)));
-    std::vector<std::unique_ptr<Work>> workers(threads);
-    for (auto& worker : workers) worker = std::make_unique<Work>(p, in);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t job = 0; job < jobs; job++) {
-#ifdef _OPENMP
-        Work& worker = *workers[omp_get_thread_num()];
-#else
-        Work& worker = *workers[0];
-#endif
+    int64_t across = (p.lanes + LANES - 1) / LANES;
+    auto work = [&](Work& worker, int64_t job) {
         worker.b = job / across / p.heads, worker.h = job / across % p.heads, worker.lane = job % across * LANES;
         worker.work();
-    }
+    };
+    share<Work>(threads, p.batch * p.heads * across, work, p, in);
 }
 
 template <template <typename, int> class Work, typename T>
@@ -275,18 +299,62 @@ void choose(const Problem& p, int threads, void** at, const int64_t (*strides)[3
     else run<Work<T, HALF>, HALF>(p, threads, in);
 }
 
+// A head's slots by their root mean square; with g, the gradient of the result, that of x:
+//     (g - x mean(g x) / m) / √m,  m = mean of x² + eps.
+template <typename T, int LANES> void unit(const Line<T>& x, const Line<T>* g, const Line<T>& y, int64_t slots, int64_t dim, T eps) {
+    using S = Simd<T, LANES>;
+    using V = typename S::V;
+    auto count = [&](int64_t d) { return int(std::min<int64_t>(LANES, dim - d)); };
+    for (int64_t slot = 0; slot < slots; slot += LANES) {  // as many at a time as have their sums in one vector
+        V squares[LANES]{}, products[LANES]{}, length, share{};
+        int together = int(std::min<int64_t>(LANES, slots - slot));
+        for (int i = 0; i < together; i++)
+            for (int64_t d = 0; d < dim; d += LANES) {
+                V value = S::load(x.at(slot + i) + d, count(d));
+                squares[i] += value * value;
+                if (g) products[i] += value * S::load(g->at(slot + i) + d, count(d));
+            }
+        V mean = S::sums(squares) / T(dim) + eps;
+        for (int i = 0; i < LANES; i++) length[i] = T(1) / std::sqrt(mean[i]);
+        if (g) share = S::sums(products) / T(dim) / mean;
+        for (int i = 0; i < together; i++)
+            for (int64_t d = 0; d < dim; d += LANES) {
+                V value = S::load(x.at(slot + i) + d, count(d));
+                if (g) value = S::load(g->at(slot + i) + d, count(d)) - share[i] * value;
+                S::store(y.at(slot + i) + d, length[i] * value, count(d));
+            }
+    }
+}
+
+template <typename T, bool BACKWARD> void units(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
+    View<T> x(at[0], strides[0]), g(at[1], strides[1]), y(at[1 + BACKWARD], strides[1 + BACKWARD]);
+    constexpr int WHOLE = WIDEST / sizeof(T), HALF = WHOLE / 2;
+    auto work = [&](int64_t, int64_t job) {
+        auto line = [&](const View<T>& from) { return Line<T>{from.at(job / p.heads, job % p.heads), from.slot}; };
+        Line<T> gradient = line(g);
+        auto by = p.lanes > HALF ? unit<T, WHOLE> : unit<T, HALF>;
+        by(line(x), BACKWARD ? &gradient : nullptr, line(y), p.slots(), p.lanes, T(p.scale));
+    };
+    share<int64_t>(threads, p.batch * p.heads, work);
+}
+
 }  // namespace
 
-// shape: batch, heads, height, width (of a line 1, slots), rows, lanes, turned, fades.  Tensors: x, a, b, y, fades.
-#define EXPORT(name, Work, T, type)                                                                            \
-    extern "C" int decay_##name##_##type(const int64_t* s, double, int threads, void** at,                     \
+// shape: batch, heads, height, width (of a line 1, slots), rows, lanes, turned, fades, started; then the scale, or of
+// decay_unit eps.  Tensors: x, a, b, y, fades; of decay_unit x, y; of decay_unit_backward x, gradient of y, that of x.
+#define EXPORT(name, T, type, ...)                                                                             \
+    extern "C" int decay_##name##_##type(const int64_t* s, double scale, int threads, void** at,               \
                                          const int64_t (*strides)[3]) {                                        \
-        Problem p{s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]};                                             \
-        return guarded([&] { choose<Work, T>(p, threads, at, strides); });                                     \
+        Problem p{s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], scale};                                \
+        return guarded([&] { __VA_ARGS__(p, threads, at, strides); });                                         \
     }
-EXPORT(line, Along, float, float32)
-EXPORT(line, Along, double, float64)
-EXPORT(solve, Solve, float, float32)
-EXPORT(solve, Solve, double, float64)
-EXPORT(grid, Over, float, float32)
-EXPORT(grid, Over, double, float64)
+EXPORT(line, float, float32, choose<Along, float>)
+EXPORT(line, double, float64, choose<Along, double>)
+EXPORT(solve, float, float32, choose<Solve, float>)
+EXPORT(solve, double, float64, choose<Solve, double>)
+EXPORT(grid, float, float32, choose<Over, float>)
+EXPORT(grid, double, float64, choose<Over, double>)
+EXPORT(unit, float, float32, units<float, false>)
+EXPORT(unit, double, float64, units<double, false>)
+EXPORT(unit_backward, float, float32, units<float, true>)
+EXPORT(unit_backward, double, float64, units<double, true>)

@@ -10,13 +10,7 @@
 // A bias is a table of `offsets` numbers a head.  The score of query s and key t has the number target[s] - content[t]: of
 // neighbouring queries in one row, neighbouring numbers.  So a vector of queries is cut into runs, and each run is one
 // load of the table, or one sum into the table's gradient.
-#include <algorithm>
-#include <memory>
-#include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
+#include "jobs.h"
 #include "product.h"
 
 namespace {
@@ -305,37 +299,24 @@ template <typename T> struct Worker {
     }
 };
 
-// Calls work(worker, job) for every job.
-template <typename T, typename Work> void run(const Problem& p, bool backward, int threads, int64_t jobs, const Work& work) {
-    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, jobs)));
-    std::vector<std::unique_ptr<Worker<T>>> workers(threads);
-    for (auto& worker : workers) worker = std::make_unique<Worker<T>>(p, backward);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t job = 0; job < jobs; job++) {
-#ifdef _OPENMP
-        work(*workers[omp_get_thread_num()], job);
-#else
-        work(*workers[0], job);
-#endif
-    }
-}
-
 template <typename T> void forward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
     View<T> in[3] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}}, out(at[3], strides[3]);
     int64_t images = p.batch * p.heads, blocks = (p.seq + BLOCK - 1) / BLOCK;
-    run<T>(p, false, threads, images * blocks, [&](Worker<T>& worker, int64_t job) {
+    auto block_of = [&](Worker<T>& worker, int64_t job) {
         int64_t image = job % images, block = blocks - 1 - job / images;  // the longest first
         worker.forward(image / p.heads, image % p.heads, block * BLOCK, in, out, static_cast<T*>(at[4]), Bias<T>(at + 5));
-    });
+    };
+    share<Worker<T>>(threads, images * blocks, block_of, p, false);
 }
 
 template <typename T> void backward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
     View<T> in[5] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}, {at[3], strides[3]}, {at[4], strides[4]}};
     View<T> grad[3] = {{at[5], strides[5]}, {at[6], strides[6]}, {at[7], strides[7]}};
-    run<T>(p, true, threads, p.batch * p.heads, [&](Worker<T>& worker, int64_t job) {
+    auto image = [&](Worker<T>& worker, int64_t job) {
         T* bias_grad = at[12] ? static_cast<T*>(at[12]) + job * p.offsets : nullptr;
         worker.backward(job / p.heads, job % p.heads, in, grad, static_cast<const T*>(at[8]), Bias<T>(at + 9), bias_grad);
-    });
+    };
+    share<Worker<T>>(threads, p.batch * p.heads, image, p, true);
 }
 
 }  // namespace

@@ -9,13 +9,7 @@
 // A tile of ROWS rows by one vector stays in registers for a block of slots, so that every multiplication is one that
 // the definition asks for: 2·width·dim a slot and scan.  The forward pass keeps S and z before every block but the first,
 // so that the backward pass reads each block once, the last block first.  Tiles fetch the next block while they compute.
-#include <algorithm>
-#include <memory>
-#include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
+#include "jobs.h"
 #include "simd.h"
 
 namespace {
@@ -277,37 +271,23 @@ template <typename T> struct Worker {
     }
 };
 
-template <typename T, typename Head> void run(const Problem& p, int threads, const Head& head) {
-    int64_t jobs = p.batch * p.heads;
-    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, jobs)));
-    std::vector<std::unique_ptr<Worker<T>>> workers(threads);
-    for (auto& worker : workers) worker = std::make_unique<Worker<T>>(p);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t job = 0; job < jobs; job++) {
-#ifdef _OPENMP
-        Worker<T>& worker = *workers[omp_get_thread_num()];
-#else
-        Worker<T>& worker = *workers[0];
-#endif
-        head(worker, job / p.heads, job % p.heads);
-    }
-}
-
 template <typename T> void forward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
     View<T> given[4] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}, {at[3], strides[3]}};
     View<T> kept(at[5], strides[5]);
-    run<T>(p, threads, [&](Worker<T>& worker, auto b, auto h) {
-        worker.forward(b, h, given, static_cast<T*>(at[4]), kept);
-    });
+    auto head = [&](Worker<T>& worker, int64_t job) {
+        worker.forward(job / p.heads, job % p.heads, given, static_cast<T*>(at[4]), kept);
+    };
+    share<Worker<T>>(threads, p.batch * p.heads, head, p);
 }
 
 template <typename T> void backward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
     View<T> in[5] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}, {at[3], strides[3]}, {at[4], strides[4]}};
     View<T> grad[3] = {{at[5], strides[5]}, {at[6], strides[6]}, {at[7], strides[7]}};
     View<T> kept(at[9], strides[9]);
-    run<T>(p, threads, [&](Worker<T>& worker, auto b, auto h) {
-        worker.backward(b, h, in, grad, static_cast<const T*>(at[8]), kept);
-    });
+    auto head = [&](Worker<T>& worker, int64_t job) {
+        worker.backward(job / p.heads, job % p.heads, in, grad, static_cast<const T*>(at[8]), kept);
+    };
+    share<Worker<T>>(threads, p.batch * p.heads, head, p);
 }
 
 }  // namespace

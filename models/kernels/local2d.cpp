@@ -8,13 +8,7 @@
 // Each may have a bias, a number for each head that is added to its scores.
 // The backward pass computes the weights again from each query's maximum and mass: O(n·dim) memory, and for each thread the
 // weights and slopes of R + 1 rows of queries, 2·(R + 1)·(2R² + 2R + 1)·(width + 2R) numbers, R the radius.
-#include <algorithm>
-#include <memory>
-#include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
+#include "jobs.h"
 #include "simd.h"
 
 namespace {
@@ -307,20 +301,12 @@ template <typename T, int LANES> struct Worker {
 };
 
 template <typename T, int LANES, typename Band> void run(const Problem& p, bool backward, int threads, const Band& band) {
-    int64_t bands = p.bands(), jobs = p.batch * p.heads * bands;
-    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, jobs)));
-    std::vector<std::unique_ptr<Worker<T, LANES>>> workers(threads);
-    for (auto& worker : workers) worker = std::make_unique<Worker<T, LANES>>(p, backward);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t job = 0; job < jobs; job++) {
+    int64_t bands = p.bands();
+    auto work = [&](Worker<T, LANES>& worker, int64_t job) {
         int64_t part = job % bands, image = job / bands;
-#ifdef _OPENMP
-        Worker<T, LANES>& worker = *workers[omp_get_thread_num()];
-#else
-        Worker<T, LANES>& worker = *workers[0];
-#endif
         band(worker, image / p.heads, image % p.heads, part * p.height / bands, (part + 1) * p.height / bands, job);
-    }
+    };
+    share<Worker<T, LANES>>(threads, p.batch * p.heads * bands, work, p, backward);
 }
 
 template <typename T> const T* bias_of(const Problem& p, const void* bias, int64_t head) {
