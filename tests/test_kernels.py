@@ -64,20 +64,21 @@ def test_every_kernel_is_had_where_a_compiler_is(name: str) -> None:
 @pytest.mark.parametrize("radius", [1, 3, 20])
 @pytest.mark.parametrize(("height", "width"), GRIDS)
 def test_local2d_equals_its_oracle(height: int, width: int, radius: int, dtype: torch.dtype) -> None:
-    for dim in (1, 5, 16, 24):
-        assert_same(
-            local(height, width, radius), window(height, width, radius), *inputs(2, 3, height * width, dim, dtype)
-        )
+    """Columns are the lanes for 6 images, images for 16."""
+    for heads, dim in ((3, 1), (3, 5), (3, 16), (3, 24), (8, 3), (8, 24)):
+        given = inputs(2, heads, height * width, dim, dtype)
+        assert_same(local(height, width, radius), window(height, width, radius), *given)
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("radius", [1, 3, 20])
 @pytest.mark.parametrize(("height", "width"), [*GRIDS, (67, 9)])
+@pytest.mark.parametrize("batch", [2, 5])
 def test_local2d_with_a_bias_by_offset_equals_its_oracle(
-    height: int, width: int, radius: int, dtype: torch.dtype
+    batch: int, height: int, width: int, radius: int, dtype: torch.dtype
 ) -> None:
-    q, k, v = inputs(2, 3, height * width, 5, dtype)
+    q, k, v = inputs(batch, 3, height * width, 5, dtype)
     table = torch.randn(3, len(kernels.offsets(height, width, radius)[0]), dtype=dtype, requires_grad=True)
     fast = kernels.local2d(q, k, v, height, width, radius, table)
     slow = biased_window(table, height, width, radius)(q, k, v)
@@ -98,8 +99,9 @@ def test_a_bias_by_offset_on_the_wrong_side_is_noticed() -> None:
 
 
 @needs_compiler
-def test_local2d_in_bands_of_rows_equals_its_oracle() -> None:
-    assert_same(local(67, 9, 2), window(67, 9, 2), *inputs(1, 1, 67 * 9, 8))
+@pytest.mark.parametrize("images", [1, 8, 16])
+def test_local2d_in_bands_of_rows_equals_its_oracle(images: int) -> None:
+    assert_same(local(67, 9, 2), window(67, 9, 2), *inputs(images, 1, 67 * 9, 8))
 
 
 @needs_compiler

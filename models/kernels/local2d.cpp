@@ -1,35 +1,26 @@
 // softmax attention over the raster-earlier pixels at most `radius` rows and columns away, and the start token.
 //
-// Slot 0 of the keys holds the start token and slot p + 1 holds pixel p; query slot p predicts pixel p.  A row of keys
-// is turned once into (dim, columns); then the lanes of a vector are neighbouring columns, so that a score, its
-// exponential and its use need no sum across lanes.  Beyond the left and right border stand `radius` columns of zeros.
-//
+// Slot 0 of the keys holds the start token and slot p + 1 holds pixel p; query slot p predicts pixel p.
 // Offsets are numbered 0: the start token; then key rows from `radius` above to the query's own, left to right.
 // Each may have a bias, a number for each head that is added to its scores.
-// The backward pass computes the weights again from each query's maximum and mass: O(n·dim) memory, and for each thread the
-// weights and slopes of R + 1 rows of queries, 2·(R + 1)·(2R² + 2R + 1)·(width + 2R) numbers, R the radius.
-#include "jobs.h"
-#include "simd.h"
+// The backward pass computes the weights again from each query's maximum and mass: O(n·dim) memory.
+//
+// No score, exponential or use of it needs a sum across lanes, in either of two ways.  Where images are many, they are the
+// lanes (local2d_images.h).  Where they are few, neighbouring columns are: a row of keys is turned once into (dim,
+// columns), and beyond its borders stand `radius` columns of zeros.  Each thread then keeps the weights and slopes of
+// R + 1 rows of queries, 2·(R + 1)·(2R² + 2R + 1)·(width + 2R) numbers, R the radius.
+#include <type_traits>
+
+#include "local2d_images.h"
 
 namespace {
 
-struct Problem {
-    int64_t batch, heads, height, width, dim, radius;
-    double scale;  // of the scores: 1/√dim
-    int64_t pixels() const { return height * width; }
-    int64_t offsets(int64_t above) const { return above ? 2 * radius + 1 : radius; }
-    int64_t first(int64_t above) const { return 1 + (radius - above) * (2 * radius + 1); }
-    int64_t all() const { return 1 + radius * (2 * radius + 1) + radius; }
-    // Bands of rows are computed on their own; their number follows from the shape alone, and with it all rounding.
-    int64_t bands() const {
-        int64_t images = std::max<int64_t>(1, batch * heads), wanted = (16 + images - 1) / images;
-        return std::max<int64_t>(1, std::min(wanted, height / (4 * std::max<int64_t>(1, radius))));
-    }
-};
+constexpr int64_t CACHE = 1 << 22;  // bytes, of a core's own and its share of the last
 
-template <typename T, int LANES> struct Worker {
+template <typename T, int LANES> struct Columns {
     using S = Simd<T, LANES>;
     using V = typename S::V;
+    static constexpr int64_t STEP = 1;  // images at a time
     static constexpr int BLOCK = 8;  // channels, or offsets, that are summed at a time in registers
 
     const Problem& p;
@@ -41,9 +32,9 @@ template <typename T, int LANES> struct Worker {
 
     static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-    Worker(const Problem& p, bool backward)
+    Columns(const Problem& p, bool backward)
         : p(p), pitch(round_up(p.width, LANES) + 2 * p.radius), channels(round_up(p.dim, BLOCK)), ring(p.radius + 1),
-          plane(channels * pitch), field(p.all() * pitch), scale(T(1.4426950408889634074 * p.scale)) {
+          plane(channels * pitch), field(p.all() * pitch), scale(T(LOG2E * p.scale)) {
         int64_t queries = backward ? ring : 1;
         memory.resize((2 * ring + 2 * queries) * plane + 2 * queries * field + pitch + (channels + 1) * LANES +
                       2 * channels * (1 + LANES) + p.all() * (1 + LANES));
@@ -58,8 +49,8 @@ template <typename T, int LANES> struct Worker {
     }
 
     // The numbers of a head, in powers of two like the scores; without any all are 0.
-    void set_bias(const T* given) const {
-        for (int64_t i = 0; given && i < p.all(); i++) bias[i] = given[i] * T(1.4426950408889634074);
+    void set_bias(const T* given, int64_t head) const {
+        for (int64_t i = 0; given && i < p.all(); i++) bias[i] = given[head * p.all() + i] * T(LOG2E);
     }
 
     T* ring_row(T* base, int64_t row, int64_t size) const { return base + row % ring * size; }
@@ -148,8 +139,10 @@ template <typename T, int LANES> struct Worker {
         }
     }
 
-    void forward(int64_t b, int64_t h, int64_t from, int64_t to, const View<T>& q, const View<T>& k, const View<T>& v,
-                 const View<T>& out, T* stats) {
+    void forward(int64_t image, int64_t from, int64_t to, const View<T> (&in)[3], const View<T>& out, const T* given, T* stats) {
+        const View<T>&q = in[0], &k = in[1], &v = in[2];
+        int64_t b = image / p.heads, h = image % p.heads;
+        set_bias(given, h);
         T *k0 = start, *v0 = start + channels;
         std::copy_n(k.at(b, h), p.dim, k0), std::copy_n(v.at(b, h), p.dim, v0);
         for (int64_t row = std::max<int64_t>(0, from - p.radius); row < from; row++)
@@ -160,7 +153,7 @@ template <typename T, int LANES> struct Worker {
             for (int64_t col = 0; col < p.width; col += LANES) {
                 int64_t slot = row * p.width + col;
                 forward_block(row, col, k0, v0, out.at(b, h) + slot * out.slot, out.slot,
-                              stats + (b * p.heads + h) * 2 * p.pixels() + slot);
+                              stats + image * 2 * p.pixels() + slot);
             }
         }
     }
@@ -187,15 +180,17 @@ template <typename T, int LANES> struct Worker {
         S::store(stats, most, columns), S::store(stats + p.pixels(), share, columns);
     }
 
-    // Gradients of query rows and key rows [from, to); those of the start token, summed over the band, go to `start_grad`,
-    // and those of the bias to `bias_grad`, unless it is null.
-    void backward(int64_t b, int64_t h, int64_t from, int64_t to, const View<T> (&in)[5], const View<T> (&grad)[3],
-                  const T* stats, T* start_grad, T* bias_grad) {
+    // Gradients of query rows and key rows [from, to).
+    void backward(int64_t image, int64_t from, int64_t to, const View<T> (&in)[5], const View<T> (&grad)[3], const T* given,
+                  const T* stats, const Sums<T>& to_sums) {
+        int64_t b = image / p.heads, h = image % p.heads;
+        T *start_grad = to_sums.start(image), *bias_grad = to_sums.bias(image);
+        set_bias(given, h);
         const View<T>&q = in[0], &k = in[1], &v = in[2], &g = in[3], &out = in[4];
         T *k0 = start, *v0 = start + channels, *sums = start + 2 * channels;
         std::copy_n(k.at(b, h), p.dim, k0), std::copy_n(v.at(b, h), p.dim, v0);
         std::fill(sums, sums + 2 * channels * LANES, T(0)), std::fill(bias_sums, bias_sums + p.all() * LANES, T(0));
-        stats += (b * p.heads + h) * 2 * p.pixels();
+        stats += image * 2 * p.pixels();
         for (int64_t row = std::max<int64_t>(0, from - p.radius); row < from; row++)
             load_keys(row, k.at(b, h), k.slot, v.at(b, h), v.slot);
         int64_t last = std::min(p.height, to + p.radius);
@@ -300,38 +295,32 @@ template <typename T, int LANES> struct Worker {
     }
 };
 
-template <typename T, int LANES, typename Band> void run(const Problem& p, bool backward, int threads, const Band& band) {
-    int64_t bands = p.bands();
-    auto work = [&](Worker<T, LANES>& worker, int64_t job) {
-        int64_t part = job % bands, image = job / bands;
-        band(worker, image / p.heads, image % p.heads, part * p.height / bands, (part + 1) * p.height / bands, job);
-    };
-    share<Worker<T, LANES>>(threads, p.batch * p.heads * bands, work, p, backward);
+// Calls work(worker, image, its bands, band) for every STEP images and each of their bands of rows.
+template <typename Way, typename Work> void run(const Problem& p, bool backward, int threads, const Work& work) {
+    int64_t jobs = (p.images() + Way::STEP - 1) / Way::STEP, bands = p.bands(jobs);
+    auto band = [&](Way& way, int64_t job) { work(way, job / bands * Way::STEP, bands, job % bands); };
+    share<Way>(threads, jobs * bands, band, p, backward);
 }
 
-template <typename T> const T* bias_of(const Problem& p, const void* bias, int64_t head) {
-    return bias ? static_cast<const T*>(bias) + head * p.all() : nullptr;
-}
-
-template <typename T, int LANES> void forward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
-    View<T> q(at[0], strides[0]), k(at[1], strides[1]), v(at[2], strides[2]), out(at[3], strides[3]);
-    run<T, LANES>(p, false, threads, [&](Worker<T, LANES>& worker, auto b, auto h, auto from, auto to, auto) {
-        worker.set_bias(bias_of<T>(p, at[5], h));
-        worker.forward(b, h, from, to, q, k, v, out, static_cast<T*>(at[4]));
+template <typename Way, typename T> void forward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
+    View<T> in[3] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}}, out(at[3], strides[3]);
+    run<Way>(p, false, threads, [&](Way& way, int64_t image, int64_t bands, int64_t band) {
+        way.forward(image, band * p.height / bands, (band + 1) * p.height / bands, in, out, static_cast<const T*>(at[5]),
+                    static_cast<T*>(at[4]));
     });
 }
 
-template <typename T, int LANES> void backward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
+template <typename Way, typename T> void backward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
     View<T> in[5] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}, {at[3], strides[3]}, {at[4], strides[4]}};
     View<T> grad[3] = {{at[5], strides[5]}, {at[6], strides[6]}, {at[7], strides[7]}};
-    int64_t bands = p.bands();
-    std::vector<T> starts(p.batch * p.heads * bands * 2 * p.dim), biases(at[9] ? p.batch * p.heads * bands * p.all() : 0);
-    run<T, LANES>(p, true, threads, [&](Worker<T, LANES>& worker, auto b, auto h, auto from, auto to, auto job) {
-        worker.set_bias(bias_of<T>(p, at[9], h));
-        worker.backward(b, h, from, to, in, grad, static_cast<const T*>(at[8]), starts.data() + job * 2 * p.dim,
-                        at[9] ? biases.data() + job * p.all() : nullptr);
+    int64_t bands = p.bands((p.images() + Way::STEP - 1) / Way::STEP);
+    std::vector<T> starts(p.images() * bands * 2 * p.dim), biases(at[9] ? p.images() * bands * p.all() : 0);
+    run<Way>(p, true, threads, [&](Way& way, int64_t image, int64_t, int64_t band) {
+        Sums<T> sums{p, starts.data(), at[9] ? biases.data() : nullptr, bands, band};
+        way.backward(image, band * p.height / bands, (band + 1) * p.height / bands, in, grad, static_cast<const T*>(at[9]),
+                     static_cast<const T*>(at[8]), sums);
     });
-    for (int64_t image = 0; image < p.batch * p.heads; image++)
+    for (int64_t image = 0; image < p.images(); image++)
         for (int kind = 0; kind < 2; kind++)
             for (int64_t d = 0; d < p.dim; d++) {
                 T sum = 0;
@@ -340,27 +329,40 @@ template <typename T, int LANES> void backward(const Problem& p, int threads, vo
             }
     T* bias_grad = static_cast<T*>(at[10]);
     std::fill(bias_grad, bias_grad + (at[9] ? p.heads * p.all() : 0), T(0));
-    for (int64_t job = 0; at[9] && job < p.batch * p.heads * bands; job++)
+    for (int64_t job = 0; at[9] && job < p.images() * bands; job++)
         for (int64_t i = 0; i < p.all(); i++) bias_grad[job / bands % p.heads * p.all() + i] += biases[job * p.all() + i];
 }
 
-// Images no wider than half a vector take half vectors.
-template <typename T> bool narrow(const Problem& p) { return p.width * int64_t(sizeof(T)) * 2 <= WIDEST; }
 template <typename T> constexpr int LANES = WIDEST / sizeof(T);
+
+// Whether images may be lanes: three quarters of the lanes or more are in use, and what a thread keeps stays in a cache.
+template <typename Way, typename T> bool serves(const Problem& p) {
+    int64_t lanes = (p.images() + Way::STEP - 1) / Way::STEP * Way::STEP;
+    return 3 * lanes <= 4 * p.images() && Way::kept(p) * int64_t(sizeof(T)) <= CACHE;
+}
+
+// Calls with(a way), which the shape alone decides.  Half a vector of 64 bytes costs little more than half of it.
+template <typename T, typename With> void choose(const Problem& p, const With& with) {
+    using Whole = Images<T, LANES<T>>;
+    using Half = Images<T, LANES<T> / 2>;
+    if (serves<Whole, T>(p)) with(static_cast<Whole*>(nullptr));
+    else if (WIDEST == 64 && serves<Half, T>(p)) with(static_cast<Half*>(nullptr));
+    else if (p.width <= LANES<T> / 2) with(static_cast<Columns<T, LANES<T> / 2>*>(nullptr));
+    else with(static_cast<Columns<T, LANES<T>>*>(nullptr));
+}
 
 }  // namespace
 
 // shape: batch, heads, height, width, dim, radius; then the scale of the scores.
 // forward: q, k, v, out, stats (batch, heads, 2, pixels), bias (heads, offsets) or null.
 // backward: q, k, v, gradient of out, out, dq, dk, dv, stats, bias, gradient of the bias.
-#define EXPORT(name, T, type)                                                                      \
-    extern "C" int local2d_##name##_##type(const int64_t* s, double scale, int threads, void** at, \
-                                           const int64_t (*strides)[3]) {                          \
-        Problem p{s[0], s[1], s[2], s[3], s[4], s[5], scale};                                      \
-        return guarded([&] {                                                                       \
-            if (narrow<T>(p)) name<T, LANES<T> / 2>(p, threads, at, strides);                      \
-            else name<T, LANES<T>>(p, threads, at, strides);                                       \
-        });                                                                                        \
+#define EXPORT(name, T, type)                                                                                     \
+    extern "C" int local2d_##name##_##type(const int64_t* s, double scale, int threads, void** at,                \
+                                           const int64_t (*strides)[3]) {                                         \
+        Problem p{s[0], s[1], s[2], s[3], s[4], s[5], scale};                                                     \
+        return guarded([&] {                                                                                      \
+            choose<T>(p, [&](auto* way) { name<std::remove_pointer_t<decltype(way)>, T>(p, threads, at, strides); }); \
+        });                                                                                                       \
     }
 EXPORT(forward, float, float32)
 EXPORT(forward, double, float64)

@@ -41,11 +41,13 @@ template <typename T, int LANES> struct Simd {
     static INLINE V load(const T* from, int count) {
         if (count >= LANES) return load(from);
         V v{};
-        std::memcpy(&v, from, count * sizeof(T));
+        if (count == LANES / 2) std::memcpy(&v, from, sizeof v / 2);  // known in size: one instruction
+        else std::memcpy(&v, from, count * sizeof(T));
         return v;
     }
     static INLINE void store(T* to, V v, int count) {
         if (count >= LANES) store(to, v);
+        else if (count == LANES / 2) std::memcpy(to, &v, sizeof v / 2);
         else std::memcpy(to, &v, count * sizeof(T));
     }
     // The second where either is no number.
