@@ -151,18 +151,17 @@ def cells(config: CostConfig) -> list[Cell]:
     sides = sorted(_sides(config.sides))
     ordered = [baseline, *(n for n in names if n != baseline)]
     found = [_cell(name, side, scope, config.batch) for scope in _SCOPES for name in ordered for side in sides]
-    return [cell for cell in found if _sensible(cell)]
+    return [cell for cell in found if cell.scope == "step" or _attends(cell)]
 
 
 _SCOPES: tuple[Scope, ...] = ("attention", "step")
 
 
-def _sensible(cell: Cell) -> bool:
-    """Whether the variant predicts pixels, and, for attention, is one."""
+def _attends(cell: Cell) -> bool:
+    """Whether the variant is an attention, not a model of its own."""
     import models
 
-    variant = models.VARIANTS[cell.config.variant]
-    return "ar" in variant.objectives and (cell.scope == "step" or issubclass(variant.cls, models.Mixer))
+    return issubclass(models.VARIANTS[cell.config.variant].cls, models.Mixer)
 
 
 def _sides(text: str) -> set[int]:
@@ -188,8 +187,11 @@ def _declared(block: CellsConfig, declared: CostSuite) -> Iterator[Cell]:
 
 
 def _cell(name: str, side: int, scope: Scope, batch: int, shape: dict[str, int] = SHAPE) -> Cell:
+    from attnbench import variants
+
     train = TrainConfig(batch=batch, precision=PRECISION)
-    return Cell(RunConfig(variant=name, model=ModelConfig(**shape), train=train, device="cpu"), side, scope)  # type: ignore[arg-type]
+    config = RunConfig(variant=name, model=ModelConfig(**shape), train=train, device="cpu")  # type: ignore[arg-type]
+    return Cell(variants.with_objective(config), side, scope)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -277,7 +279,7 @@ def _rival(cell: Cell) -> Any:
     name = RunConfig().variant
     if cell.config.variant == name:
         return None
-    model = cell.config.model.model_copy(update={"options": {}, "backend": "auto"})
+    model = cell.config.model.model_copy(update={"options": {}, "backend": "auto", "objective": "ar"})
     config = cell.config.model_copy(update={"variant": name, "model": model})
     return measure.Request(config, cell.side, cell.side, VOCAB)
 

@@ -8,7 +8,6 @@ averaging, which is what the down-sampling of C1 means. Only hub: fetches, and w
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import hashlib
 import math
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from attnbench import hub, photos
 from attnbench.config import DataConfig
 from attnbench.decode import LARGEST, Picture, Pixels, brief, decode, fingerprint, resize
-from attnbench.errors import Refusal
+from attnbench.errors import Refusal, nearest
 from attnbench.source import Source
 from attnbench.sources import build_source
 
@@ -83,9 +82,7 @@ def load(config: DataConfig) -> Dataset:
     if config.name in NAMED:
         return NAMED[config.name](config)
     known = [*NAMED, *(f"{scheme}:..." for scheme in SCHEMES)]
-    near = difflib.get_close_matches((f"{scheme}:..." if colon else scheme).lower(), known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise Refusal(f"unknown data {config.name!r}; {hint}known: {', '.join(known)}")
+    raise Refusal(f"unknown data {config.name!r}; {nearest((f'{scheme}:...' if colon else scheme).lower(), known)}")
 
 
 def pictures(dataset: Dataset) -> dict[str, int]:

@@ -192,7 +192,8 @@ def _markdown(table: Any) -> str:
         return "Not run."
     safe = table.map(lambda value: _markdown_cell(value) if isinstance(value, str) else value)
     text: str = safe.rename(columns=_markdown_cell).to_markdown(index=False, floatfmt=".4g")
-    return re.sub("-{4,}", "---", re.sub(" {2,}", " ", text))
+    head, rule, *rows = re.sub(" {2,}", " ", text).split("\n")
+    return "\n".join([head, re.sub("-{4,}", "---", rule), *rows])
 
 
 def _render(template: str, context: dict[str, Any]) -> str:

@@ -20,7 +20,6 @@ A suite is a YAML file of attnbench/suites/ (or anyone's own). Example:
 from __future__ import annotations
 
 import copy
-import difflib
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -233,9 +232,7 @@ def _find(name: str) -> Path:
         return Path(name)
     if name in names():
         return FOLDER / f"{name}.yaml"
-    near = difflib.get_close_matches(name, names(), n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names())}, and any FILE.yaml"
-    raise Refusal(f"unknown suite {name!r}; {hint}")
+    raise Refusal(f"unknown suite {name!r}, and no FILE.yaml; {nearest(name, names())}")
 
 
 def _parse(path: Path) -> Suite:

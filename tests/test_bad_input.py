@@ -47,7 +47,7 @@ CASES: dict[str, dict[str, str]] = {
         "--seed -1": "greater than or equal to 0",
         "--device cuda": "no CUDA GPU",
         "--parallel ddp": "torchrun",
-        "--data digit": "did you mean digits",
+        "--data digit": "did you mean 'digits'",
         "--data folder:": "no such folder",
         "--data folder:missing": "no such folder",
         "--data folder:EMPTY": "no pictures",
@@ -72,7 +72,7 @@ CASES: dict[str, dict[str, str]] = {
     },
     "sweep": {
         "": "suite is missing",
-        "quik --out OUT": "did you mean quick?",
+        "quik --out OUT": "did you mean 'quick'?",
         "missing.yaml --out OUT": "No such file",
         "WRONG.yaml --out OUT": "mend the file",
         "TEXT.yaml --out OUT": "mend the file",

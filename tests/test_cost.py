@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import models
 from attnbench import afterwards, cost, curves, duel, measure, record
 from attnbench.config import RunConfig
 from attnbench.cost import CostConfig
@@ -310,6 +311,17 @@ def test_a_ratio_to_what_takes_long_has_one_round(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("tests.timing.seconds", lambda work: work() or (LONG if log[-1] == "s" else 0.5))
     found = ratio(lambda: log.append("s"), lambda: log.append("f"), rounds=7)
     assert log.count("s") == 2 and found == {"median": 4.0, "low": 4.0, "high": 4.0, "rounds": 1}
+
+
+def test_a_classifier_has_its_step_against_the_baseline_that_predicts_pixels() -> None:
+    found = [c for c in cost.cells(cost.CostConfig(variants="resnet", sides="8")) if c.config.variant == "resnet"]
+    assert [(c.scope, c.config.model.objective) for c in found] == [("step", "supervised")]
+    rival = cost._rival(found[0])
+    assert (rival.config.variant, rival.config.model.objective) == ("dense1d", "ar")
+
+
+def test_all_variants_have_cells() -> None:
+    assert {c.config.variant for c in cost.cells(cost.CostConfig(sides="8"))} == set(models.VARIANTS)
 
 
 @pytest.mark.serial

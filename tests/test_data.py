@@ -200,10 +200,10 @@ def test_a_photograph_missing_from_the_wheel_is_refused(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "name, hint",
     [
-        ("digit", "did you mean digits?"),
-        ("Photos", "did you mean photos?"),
-        ("fashion_mnist", "did you mean fashion-mnist?"),
-        ("fodler:/somewhere", "did you mean folder:"),
+        ("digit", "did you mean 'digits'?"),
+        ("Photos", "did you mean 'photos'?"),
+        ("fashion_mnist", "did you mean 'fashion-mnist'?"),
+        ("fodler:/somewhere", "did you mean 'folder:"),
         ("zzz", "known: digits, photos, fashion-mnist, folder:"),
         ("", "known: digits"),
     ],

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from attnbench import cli, experiment, frame, page, published, record, report, suite, sweep
@@ -170,6 +171,11 @@ def test_front_table_marks_the_pareto_optimal_and_ranks_what_separates(study: Pa
     assert rows["linear"]["seeds"] == "5", "a rate that one seed tried is not the one that five ran at"
     assert rows["dense1d"]["against_baseline"] == "the baseline"
     assert rows["local2d"]["against_baseline"].startswith("-0.0")
+
+
+def test_a_markdown_table_is_narrow_and_keeps_what_is_in_its_cells() -> None:
+    head, rule, row = report._markdown(pd.DataFrame({"a long heading": ["--flag ------ end"]})).split("\n")
+    assert (head, row) == ("| a long heading |", "| --flag ------ end |") and re.fullmatch(r"\|:?-{3}:?\|", rule)
 
 
 def test_published_figures_are_marked_as_another_protocol(study: Path) -> None:

@@ -142,7 +142,7 @@ BAD = {
     "unknown flag": (["--trian.steps", "5"], "train.steps"),
     "negative steps": (["--train.steps", "-5"], "steps"),
     "heads": (["--model.dim", "10", "--model.heads", "3"], "does not divide"),
-    "unknown data": (["--data", "digit"], "did you mean digits"),
+    "unknown data": (["--data", "digit"], "did you mean 'digits'"),
     "no pictures": (["--data", "folder:EMPTY"], "EMPTY"),
     "side too large": (["--data.side", "99"], "99"),
     "unknown option": (["--variant", "local2d", "--model.options.radios", "2"], "did you mean 'radius'"),

@@ -144,7 +144,7 @@ RULE = {"claim": "C4", "says": "x", "pairs": [{"these": {"variant": "linear"}, "
         ({"rules": [RULE | {"expects": "around"}]}, "expects"),
         ({"rules": [RULE | {"pairs": [{"these": {"variant": "linear"}}]}]}, "needs both"),
         ({"rules": [RULE | {"threshold": float("nan")}]}, "threshold"),
-        ({"includes": ["quik"]}, "did you mean quick"),
+        ({"includes": ["quik"]}, "did you mean 'quick'"),
         ({"blocks": [BLOCK | {"settings": {"seed": 4}}]}, "seed is no setting of its cells; name seeds"),
         ({"blocks": [BLOCK | {"grid": {"train.lr": []}}]}, "train.lr has no value"),
         ({"rules": [RULE | {"claim": "C9"}]}, "claim"),
@@ -177,7 +177,7 @@ def test_a_file_that_is_no_suite_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_an_unknown_suite_and_a_missing_file_are_refused() -> None:
-    with pytest.raises(Refusal, match="did you mean quick"):
+    with pytest.raises(Refusal, match="did you mean 'quick'"):
         suite.load("quik")
     with pytest.raises(Refusal, match="No such file"):
         suite.load("nowhere.yaml")
