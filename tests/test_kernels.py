@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -181,7 +182,7 @@ def test_a_decay_that_acts_a_slot_too_early_or_too_late_is_noticed(shift: int) -
 
 @needs_compiler
 @pytest.mark.parametrize("mistake", [{"swapped": True}, {"later": True}, {"shift": -1}, {"shift": 1}], ids=str)
-def test_decay2d_with_its_axes_swapped_on_the_wrong_side_or_a_slot_off_is_noticed(mistake: dict[str, int]) -> None:
+def test_decay2d_with_its_axes_swapped_on_the_wrong_side_or_a_slot_off_is_noticed(mistake: dict[str, Any]) -> None:
     with pytest.raises(AssertionError, match="not close"):
         assert_same(fading(3, 5, started=True), faded(3, 5, started=True, **mistake), *inputs(1, 1, 15, 4))
 
