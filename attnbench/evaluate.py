@@ -14,9 +14,15 @@ from attnbench.config import RunConfig
 from attnbench.tokens import Pixels, Tokeniser
 from attnbench.train import autocast, hidden_pixels, token_nats
 
-CHUNK = 128  # images a forward pass
+CHUNK = 128
+"""The most images of a forward pass."""
 IN_BITS = ("bits_per_dim", "bits_per_dim_is_bound", "residual_bits_per_dim")
 """What a record's metrics say of whole images, where that makes sense."""
+
+
+def chunk(config: RunConfig) -> int:
+    """Images of a forward pass: as many as training has at a time, so that what fits there fits here."""
+    return min(CHUNK, max(1, config.train.batch // (config.train.accumulate * distributed.size())))
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ def _nats(model: nn.Module, tokens: Tensor, hidden: Tensor | None, config: RunCo
             holes = None if hidden is None else hidden[part].to(config.device)
             return token_nats(model, tokens[part].to(config.device), holes).double().cpu()
 
-    parts = [slice(start, start + CHUNK) for start in range(0, len(tokens), CHUNK)]
+    size = chunk(config)
+    parts = [slice(start, start + size) for start in range(0, len(tokens), size)]
     return distributed.shared_out(parts, work, torch.zeros(tokens.shape, dtype=torch.float64))
 
 

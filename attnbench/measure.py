@@ -139,6 +139,7 @@ def in_child(kind: str, request: dict[str, Any], timeout: float = 600.0) -> dict
 
     "module:kind" asks another module that answers through `main`.
     """
+    give_back()  # the child may need it
     try:
         done = subprocess.run(
             _command(kind),
@@ -192,8 +193,15 @@ def keep_freed() -> bool:
     if told or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or platform.libc_ver()[0] != "glibc":
         return False
     mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-    # Tensors up to this size come from the heap: 32 MiB is the most before glibc 2.35.  Then the heap never shrinks.
-    return any(mallopt(mmap_threshold, size) for size in (2**30, 2**25)) and bool(mallopt(trim_threshold, -1))
+    # Tensors up to this size come from the heap, which then never shrinks: 32 MiB is the most before glibc 2.35.
+    # Larger ones, such as the scores of 64×64 pixels, would leave gaps of their size: it held thrice what lived.
+    return any(mallopt(mmap_threshold, size) for size in (2**28, 2**25)) and bool(mallopt(trim_threshold, -1))
+
+
+def give_back() -> None:
+    """Makes glibc's malloc give back what is freed and kept."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class PeakMeter:
@@ -209,8 +217,7 @@ class PeakMeter:
             torch.cuda.reset_peak_memory_stats()
             self._base = torch.cuda.memory_allocated()
             return
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # what the warm-up freed must not hide what comes
+        give_back()  # what the warm-up freed must not hide what comes
         with suppress(OSError):  # sets the peak back to the present; without it, the imports' peak is the base
             Path("/proc/self/clear_refs").write_text("5")
         self._base = _resident_peak()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from attnbench import distributed
 from attnbench.config import RunConfig
-from attnbench.evaluate import CHUNK
+from attnbench.evaluate import chunk
 from attnbench.train import autocast
 
 PENALTIES = (0.01, 0.1, 1.0, 10.0)
@@ -32,9 +32,9 @@ def pooled(model: nn.Module, tokens: Tensor, config: RunConfig) -> list[Features
     """One (count, dim) array a layer, the embedding first."""
     model.eval()
     chunks: list[list[Features]] = []
-    for first in range(0, len(tokens), CHUNK):
+    for part in tokens.split(chunk(config)):
         with autocast(config):
-            stream = model.features(tokens[first : first + CHUNK].to(config.device))  # type: ignore[operator]
+            stream = model.features(part.to(config.device))  # type: ignore[operator]
         if config.probe.normalise:
             stream = [torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-5) for x in stream]
         chunks.append([x.float().mean(dim=1).double().cpu().numpy() for x in stream])

@@ -17,7 +17,7 @@ from attnbench import train
 from attnbench.config import RunConfig
 from attnbench.data import Dataset, Images
 from attnbench.errors import Refusal
-from attnbench.evaluate import CHUNK, IN_BITS
+from attnbench.evaluate import IN_BITS, chunk
 
 NO_LIKELIHOOD = ("nats_per_token", "bits_per_token", *IN_BITS, "validation_nats_per_token", "probe_accuracy")
 """Figures that such a run does not have."""
@@ -46,7 +46,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, config: RunConfig
     """Of images (count, channels, height, width) with labels int64 (count,)."""
     model.eval()
     logits = []
-    for part in images.split(CHUNK):
+    for part in images.split(chunk(config)):
         with train.autocast(config):
             logits.append(model(part.to(config.device)).double().cpu())
     found = torch.cat(logits)

@@ -246,6 +246,28 @@ def test_malloc_keeps_what_is_freed_unless_it_was_told_otherwise(told: dict[str,
     assert (answer == "True", int(faults) < 4000) == (kept, kept)  # of 36,864 pages; a system may take some away
 
 
+GIVEN_BACK = """
+import pathlib, torch
+from attnbench import measure
+resident = lambda: int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+measure.keep_freed()
+tensors = [torch.ones(2**24) for _ in range(8)]  # 512 MiB, and one that keeps the heap from shrinking
+last = torch.ones(2**10)
+del tensors
+kept = resident()
+try:
+    measure.in_child("nothing", {}, 60)
+except measure.ChildFailed:
+    print(kept - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_a_child_may_have_what_its_parent_freed() -> None:
+    told = [sys.executable, "-c", GIVEN_BACK]
+    assert int(subprocess.run(told, capture_output=True, text=True, check=True).stdout) > 400 * 2**20
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_cuda() -> None:

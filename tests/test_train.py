@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import models
-from attnbench import checkpoint, train
+from attnbench import checkpoint, evaluate, probe, train
 from attnbench.config import RunConfig
 from attnbench.errors import Refusal
 from attnbench.optimiser import make_optimiser
@@ -204,3 +204,15 @@ def test_divergence_is_named(tmp_path: Path) -> None:
     torch.nn.init.constant_(model.head.weight, float("nan"))
     with pytest.raises(train.Diverged, match="nan at step 10"):
         train.fit(model, tokens(), lambda m: 0.0, settings, tmp_path)
+
+
+@pytest.mark.parametrize(("batch", "accumulate", "most"), [(6, 2, 3), (4, 4, 1), (512, 1, 128)])
+def test_what_is_not_trained_takes_no_more_images_at_a_time(batch: int, accumulate: int, most: int) -> None:
+    config = RunConfig(device="cpu", train={"batch": batch, "accumulate": accumulate, "precision": "float32"})  # type: ignore[arg-type]
+    model = models.build("dense1d", height=2, width=2, vocab=3, dim=4, depth=1, heads=1)
+    seen: list[int] = []
+    model.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))  # type: ignore[union-attr, index]
+    tokens = torch.zeros(300, 2, 2, dtype=torch.int64)
+    evaluate.likelihood(model, tokens, config)
+    probe.pooled(model, tokens, config)
+    assert max(seen) == most and sum(seen) == 600
