@@ -273,7 +273,7 @@ def _rates(found: dict[str, Any], cell: Cell) -> dict[str, Any]:
 
 
 def _rival(cell: Cell) -> Any:
-    """The baseline's request at the same side, batch and shape; None for the baseline itself."""
+    """The baseline's request at the same side, batch and shape, to predict pixels; None for the baseline itself."""
     from attnbench import measure
 
     name = RunConfig().variant

@@ -193,15 +193,17 @@ def keep_freed() -> bool:
     if told or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or platform.libc_ver()[0] != "glibc":
         return False
     mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-    # Tensors up to this size come from the heap, which then never shrinks: 32 MiB is the most before glibc 2.35.
-    # Larger ones, such as the scores of 64×64 pixels, would leave gaps of their size: it held thrice what lived.
+    # Tensors up to 256 MiB come from the heap, which then never shrinks; before glibc 2.35 32 MiB is the most.
+    # Larger ones, such as the scores of 64×64 pixels, would leave gaps of their size: the heap held thrice what lived.
     return any(mallopt(mmap_threshold, size) for size in (2**28, 2**25)) and bool(mallopt(trim_threshold, -1))
 
 
 def give_back() -> None:
-    """Makes glibc's malloc give back what is freed and kept."""
-    with suppress(OSError, AttributeError):
+    """Makes glibc's malloc, and torch's allocator on CUDA, give back what is freed and kept."""
+    with suppress(OSError, AttributeError, TypeError):  # another libc; Windows
         ctypes.CDLL(None).malloc_trim(0)
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 class PeakMeter:

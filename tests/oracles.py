@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +13,10 @@ from torch.testing import assert_close
 from models import geometry, kernels, reference
 from models.geometry import Grid, Scan
 
+needs_compiler = pytest.mark.skipif(
+    any(map(kernels.missing, ("local2d", "linear", "full", "decode", "decay"))),
+    reason=str(kernels.missing("local2d")),
+)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 TOLERANCES = {torch.float64: (1e-12, 1e-10), torch.float32: (1e-5, 1e-4)}
@@ -103,6 +108,14 @@ def faded(
         return reference.weighted_attention(q, k, v, weight) / q.shape[-1] ** 0.5
 
     return attend
+
+
+started = fading(3, 5, started=True)
+
+
+def divided(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A head by its root mean square."""
+    return kernels.unit(q + k + v, 1e-5)
 
 
 def forgetting(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

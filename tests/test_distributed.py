@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import models
-from attnbench import checkpoint, distributed, evaluate, train
+from attnbench import checkpoint, distributed, train
 from attnbench.config import RunConfig
 from attnbench.errors import Refusal
 from attnbench.optimiser import make_optimiser
@@ -57,15 +56,6 @@ def torchrun(jobs: list[Any], folder: Path, processes: int = 2) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[:4000]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def chunks() -> Iterable[None]:
-    """The processes' size of chunk here too."""
-    before = evaluate.CHUNK
-    evaluate.CHUNK = 8
-    yield
-    evaluate.CHUNK = before
 
 
 def equal(one: Path, other: Path, **tolerance: Any) -> None:

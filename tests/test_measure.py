@@ -223,6 +223,13 @@ def test_the_child_is_told_its_malloc_and_its_threads(monkeypatch: pytest.Monkey
     assert measure._environment("time")["OMP_NUM_THREADS"] == "1"
 
 
+def _said(program: str, **told: str) -> str:
+    """What a process prints whose malloc was told this alone."""
+    given = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    done = subprocess.run([sys.executable, "-c", program], env=given | told, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
 FAULTS = """
 import resource, torch
 from attnbench import measure
@@ -240,18 +247,16 @@ print(kept, min(faults))
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 @pytest.mark.parametrize(("told", "kept"), [({}, True), ({"MALLOC_MMAP_THRESHOLD_": "65536"}, False)])
 def test_malloc_keeps_what_is_freed_unless_it_was_told_otherwise(told: dict[str, str], kept: bool) -> None:
-    given = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
-    done = subprocess.run([sys.executable, "-c", FAULTS], env=given | told, capture_output=True, text=True, check=True)
-    answer, faults = done.stdout.split()
+    answer, faults = _said(FAULTS, **told).split()
     assert (answer == "True", int(faults) < 4000) == (kept, kept)  # of 36,864 pages; a system may take some away
 
 
 GIVEN_BACK = """
-import pathlib, torch
+import pathlib, resource, torch
 from attnbench import measure
-resident = lambda: int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+resident = lambda: int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 measure.keep_freed()
-tensors = [torch.ones(2**24) for _ in range(8)]  # 512 MiB, and one that keeps the heap from shrinking
+tensors = [torch.ones(2**22) for _ in range(32)]  # 512 MiB, and one that keeps the heap from shrinking
 last = torch.ones(2**10)
 del tensors
 kept = resident()
@@ -264,8 +269,7 @@ except measure.ChildFailed:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 def test_a_child_may_have_what_its_parent_freed() -> None:
-    told = [sys.executable, "-c", GIVEN_BACK]
-    assert int(subprocess.run(told, capture_output=True, text=True, check=True).stdout) > 400 * 2**20
+    assert int(_said(GIVEN_BACK)) > 400 * 2**20
 
 
 @pytest.mark.gpu

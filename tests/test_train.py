@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import models
-from attnbench import checkpoint, evaluate, probe, train
+from attnbench import checkpoint, distributed, evaluate, probe, train
 from attnbench.config import RunConfig
 from attnbench.errors import Refusal
 from attnbench.optimiser import make_optimiser
@@ -216,3 +216,9 @@ def test_what_is_not_trained_takes_no_more_images_at_a_time(batch: int, accumula
     evaluate.likelihood(model, tokens, config)
     probe.pooled(model, tokens, config)
     assert max(seen) == most and sum(seen) == 600
+
+
+def test_nor_does_a_process_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig(train={"batch": 12})  # type: ignore[arg-type]
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    assert evaluate.chunk(config) == 4

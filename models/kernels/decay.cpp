@@ -207,7 +207,8 @@ template <typename T, int LANES> struct Over : Worker<T, LANES> {
     }
 
     // Where started, keys stand a slot later than their pixels.  In the place of the last pixel, which has none, the one
-    // before it is read, which serves nobody, or written, before its own turn comes.
+    // before it is read, which serves nobody, or, turned round, written before its own turn comes: with 0, or 0 is added,
+    // for nothing precedes the first pixel of the sum.  `most` is -1 in the last row of a width of 1.
     Pixels<T> pixels(const View<T>& x, int64_t slot, int64_t channel, bool keys) const {
         Line<T> own = this->line(x, slot, channel);
         if (!keys || !p.started) return {own.data, own.pitch};
@@ -251,8 +252,11 @@ template <typename T, int LANES> struct Over : Worker<T, LANES> {
     // Rows from `first` on over the whole grid.
     template <int N, Start START> void tile(int64_t first) {
         const T down = in.fades.data[this->h], fade = in.fades.data[p.heads + this->h], scale = T(p.scale);
-        V start[N]{}, last = S::load(in.b.at(this->b, this->h) + this->lane, this->count());
-        for (int r = 0; START == READ && r < N; r++) start[r] = in.a.at(this->b, this->h)[first + r] * last;
+        V start[N]{};
+        if constexpr (START == READ) {
+            V token = S::load(in.b.at(this->b, this->h) + this->lane, this->count());
+            for (int r = 0; r < N; r++) start[r] = in.a.at(this->b, this->h)[first + r] * token;
+        }
         std::fill_n(above, p.width * N * LANES, T(0));
         auto put = [&](T* y, V sum) {
             S::store(y, first ? scale * sum + S::load(y, this->count()) : scale * sum, this->count());

@@ -37,7 +37,11 @@ def decayed2d(
 
     fades (2, heads): λ_row and λ_col; there is no gradient of them.  seq = height · width.  started, of earlier pixels
     alone: slot 0 of k and v is the start token, of weight 1, and slot p + 1 pixel p.  Else as `decayed`.
+
+    Raises ValueError for both.
     """
+    if started and later:
+        raise ValueError("a start token stands before earlier pixels: started and later exclude each other")
     return _Decayed2D.apply(q, k, v, fades, height, width, scale, later, started)
 
 
@@ -50,7 +54,7 @@ def solved(x: Tensor, a: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
 
 
 def unit(x: Tensor, eps: float) -> Tensor:
-    """x / √(mean of x² + eps), the mean over the last dimension; laid out in memory as `decayed`'s result."""
+    """x (batch, heads, seq, dim) / √(mean of x² + eps), the mean over dim; laid out in memory as `decayed`'s result."""
     return _Unit.apply(x, eps)
 
 
@@ -105,7 +109,7 @@ def _(
 @torch.library.custom_op("attnbench::decay_unit", mutates_args=(), device_types="cpu")
 def _unit(x: Tensor, eps: float) -> Tensor:
     y = like(x)
-    call("decay", "decay_unit", _slots(x), eps, dense(x), y)
+    call("decay", "decay_unit", _unit_shape(x), eps, dense(x), y)
     return y
 
 
@@ -117,7 +121,7 @@ def _(x: Tensor, eps: float) -> Tensor:
 @torch.library.custom_op("attnbench::decay_unit_backward", mutates_args=(), device_types="cpu")
 def _unit_backward(x: Tensor, grad: Tensor, eps: float) -> Tensor:
     made = like(x)
-    call("decay", "decay_unit_backward", _slots(x), eps, dense(x), dense(grad), made)
+    call("decay", "decay_unit_backward", _unit_shape(x), eps, dense(x), dense(grad), made)
     return made
 
 
@@ -126,7 +130,7 @@ def _(x: Tensor, grad: Tensor, eps: float) -> Tensor:
     return like(x)
 
 
-def _slots(x: Tensor) -> tuple[int, ...]:
+def _unit_shape(x: Tensor) -> tuple[int, ...]:
     batch, heads, seq, dim = x.shape
     return batch, heads, 1, seq, 0, dim, 0, ONE, 0
 

@@ -30,8 +30,6 @@ template <typename T, int LANES> struct Columns {
     std::vector<T> memory;
     T *kt, *vt, *qt, *gt, *weights, *slopes, *border, *block, *start, *bias, *bias_sums;
 
-    static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
     Columns(const Problem& p, bool backward)
         : p(p), pitch(round_up(p.width, LANES) + 2 * p.radius), channels(round_up(p.dim, BLOCK)), ring(p.radius + 1),
           plane(channels * pitch), field(p.all() * pitch), scale(T(LOG2E * p.scale)) {
@@ -297,9 +295,9 @@ template <typename T, int LANES> struct Columns {
 
 // Calls work(worker, image, its bands, band) for every STEP images and each of their bands of rows.
 template <typename Way, typename Work> void run(const Problem& p, bool backward, int threads, const Work& work) {
-    int64_t jobs = (p.images() + Way::STEP - 1) / Way::STEP, bands = p.bands(jobs);
+    int64_t bands = p.bands(groups<Way>(p));
     auto band = [&](Way& way, int64_t job) { work(way, job / bands * Way::STEP, bands, job % bands); };
-    share<Way>(threads, jobs * bands, band, p, backward);
+    share<Way>(threads, groups<Way>(p) * bands, band, p, backward);
 }
 
 template <typename Way, typename T> void forward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
@@ -313,9 +311,9 @@ template <typename Way, typename T> void forward(const Problem& p, int threads, 
 template <typename Way, typename T> void backward(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
     View<T> in[5] = {{at[0], strides[0]}, {at[1], strides[1]}, {at[2], strides[2]}, {at[3], strides[3]}, {at[4], strides[4]}};
     View<T> grad[3] = {{at[5], strides[5]}, {at[6], strides[6]}, {at[7], strides[7]}};
-    int64_t bands = p.bands((p.images() + Way::STEP - 1) / Way::STEP);
+    int64_t bands = p.bands(groups<Way>(p));
     std::vector<T> starts(p.images() * bands * 2 * p.dim), biases(at[9] ? p.images() * bands * p.all() : 0);
-    run<Way>(p, true, threads, [&](Way& way, int64_t image, int64_t, int64_t band) {
+    run<Way>(p, true, threads, [&](Way& way, int64_t image, int64_t bands, int64_t band) {
         Sums<T> sums{p, starts.data(), at[9] ? biases.data() : nullptr, bands, band};
         way.backward(image, band * p.height / bands, (band + 1) * p.height / bands, in, grad, static_cast<const T*>(at[9]),
                      static_cast<const T*>(at[8]), sums);
@@ -337,8 +335,7 @@ template <typename T> constexpr int LANES = WIDEST / sizeof(T);
 
 // Whether images may be lanes: three quarters of the lanes or more are in use, and what a thread keeps stays in a cache.
 template <typename Way, typename T> bool serves(const Problem& p) {
-    int64_t lanes = (p.images() + Way::STEP - 1) / Way::STEP * Way::STEP;
-    return 3 * lanes <= 4 * p.images() && Way::kept(p) * int64_t(sizeof(T)) <= CACHE;
+    return 3 * groups<Way>(p) * Way::STEP <= 4 * p.images() && Way::kept(p) * int64_t(sizeof(T)) <= CACHE;
 }
 
 // Calls with(a way), which the shape alone decides.  Half a vector of 64 bytes costs little more than half of it.

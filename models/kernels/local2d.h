@@ -14,8 +14,8 @@ struct Problem {
     int64_t first(int64_t above) const { return 1 + (radius - above) * (2 * radius + 1); }
     int64_t all() const { return 1 + radius * (2 * radius + 1) + radius; }
     // Bands of rows are computed on their own; their number follows from the shape alone, and with it all rounding.
-    int64_t bands(int64_t jobs) const {
-        int64_t wanted = (16 + jobs - 1) / std::max<int64_t>(1, jobs);
+    int64_t bands(int64_t groups) const {
+        int64_t wanted = (16 + groups - 1) / std::max<int64_t>(1, groups);
         return std::max<int64_t>(1, std::min(wanted, height / (4 * std::max<int64_t>(1, radius))));
     }
 };
@@ -28,6 +28,11 @@ template <typename T> struct Sums {
     T* start(int64_t image) const { return starts + (image * bands + band) * 2 * p.dim; }
     T* bias(int64_t image) const { return biases ? biases + (image * bands + band) * p.all() : nullptr; }
 };
+
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Groups of images that a way takes at a time.
+template <typename Way> int64_t groups(const Problem& p) { return (p.images() + Way::STEP - 1) / Way::STEP; }
 
 constexpr double LOG2E = 1.4426950408889634074;
 

@@ -41,7 +41,10 @@ def offsets(height: int, width: int, radius: int) -> tuple[Tensor, Tensor]:
 
 
 def working_rows(height: int, width: int, radius: int) -> int:
-    """How many numbers a backward pass keeps for each thread: weights and slopes of R + 1 rows, for every offset."""
+    """How many numbers a backward pass keeps for each thread: weights and slopes of R + 1 rows, for every offset.
+
+    Where images are lanes it is R + 1 rows of keys, values and their gradients instead, at most 4 MiB.
+    """
     reach = _reach(height, width, radius)
     return 2 * (reach + 1) * (2 * reach * (reach + 1) + 1) * (width + 2 * reach)
 

@@ -3,7 +3,8 @@
 // that holds R + 1 rows of all of them.
 //
 // A row of pixels lies as (columns, channels, LANES).  A few neighbouring queries, a tile, go together through the rows of
-// keys, each from the leftmost key that one of them sees to the rightmost; where one does not see a key, its weight is 0.
+// keys, each from the leftmost key that one of them sees to the rightmost; where one does not see a key, its weight is 0
+// (and what is no number spreads over the tile).
 // The forward pass keeps a running maximum, mass and sum (Milakov & Gimelshein, 2018).
 #pragma once
 #include "local2d.h"
@@ -34,13 +35,14 @@ template <typename T, int LANES> struct Images {
     };
 
     const Problem& p;
-    const int64_t channels, pixel, plane, ring, span;  // numbers of a pixel, of a row; rows kept; of a query's weights
+    const int64_t channels, pixel, plane;  // of a head, filled up to whole BLOCKs; numbers of a pixel, and of a row
+    const int64_t ring, span;              // rows kept; numbers of a query's weights for a row
     const T scale;                                     // of the scores, which are in powers of two
     std::vector<T> memory;
-    T *k, *v, *dk, *dv, *q, *g, *y, *start, *weights, *slopes, *bias, *changes;
+    T *k, *v, *dk, *dv, *q, *g, *y, *weights, *slopes, *bias, *changes;
+    T* start;  // k, v, dk and dv of the start token, a pixel each
     V peak[TILE], mass[TILE], delta[TILE];
 
-    static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
     static int64_t channels_of(const Problem& p) { return round_up(p.dim, BLOCK); }
 
     // Numbers that a thread keeps where it is to differentiate.
@@ -50,7 +52,7 @@ template <typename T, int LANES> struct Images {
         : p(p), channels(channels_of(p)), pixel(channels * LANES), plane(p.width * pixel), ring(p.radius + 1),
           span(std::min(p.width, 2 * p.radius + TILE) * LANES), scale(T(LOG2E * p.scale)) {
         int64_t gradients = backward ? 1 : 0, offsets = p.all() * LANES;
-        memory.resize((2 + 2 * gradients) * ring * plane + 3 * plane + 4 * pixel + 2 * TILE * span + 2 * offsets + WIDEST);
+        memory.resize((2 + 2 * gradients) * ring * plane + 3 * plane + 4 * pixel + 2 * TILE * span + 2 * offsets + WIDEST / sizeof(T));
         T* at = aligned(memory.data());
         auto take = [&at](int64_t count) { T* got = at; at += count; return got; };
         k = take(ring * plane), v = take(ring * plane);
