@@ -37,7 +37,7 @@ template <typename T, int LANES> struct Images {
     const Problem& p;
     const int64_t channels, pixel, plane;  // of a head, filled up to whole BLOCKs; numbers of a pixel, and of a row
     const int64_t ring, span;              // rows kept; numbers of a query's weights for a row
-    const T scale;                                     // of the scores, which are in powers of two
+    const T scale;                         // of the scores, which are in powers of two
     std::vector<T> memory;
     T *k, *v, *dk, *dv, *q, *g, *y, *weights, *slopes, *bias, *changes;
     T* start;  // k, v, dk and dv of the start token, a pixel each
