@@ -109,6 +109,7 @@ def _vector(figure: Any, key: str) -> str:
     text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "\ufffd", text)  # a record's text may have what XML may not
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{key}-", text)
     text = text.replace(INK, "currentColor").replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
+    text = re.sub(r"(\.\d\d)\d+", r"\1", re.sub(r"\n\s+", "\n", text))  # a hundredth of a point will do
     return re.sub(r'(<svg[^>]*?) width="[^"]*pt"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*pt"', r"\1", text))
 
 
