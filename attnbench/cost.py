@@ -21,7 +21,7 @@ from pydantic import ByteSize, Field, PositiveFloat, PositiveInt, TypeAdapter, V
 from attnbench import cli
 from attnbench.config import ModelConfig, RunConfig, Scalar, Settings, TrainConfig
 from attnbench.curves import BATCH, PRECISION, SHAPE, curves, label, quartiles, rival_label
-from attnbench.errors import Refusal
+from attnbench.errors import Refusal, nearest
 from attnbench.plan import PRESETS
 
 FOLDER = Path(__file__).with_name("costs")
@@ -127,9 +127,9 @@ class Cell:
 def suite(name: str) -> CostSuite:
     """The declared suite of that name. Raises Refusal."""
     path = FOLDER / f"{name}.yaml"
-    known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
     if not path.is_file():
-        raise Refusal(f"there is no cost suite {name!r}; choose from {known}")
+        known = sorted(p.stem for p in FOLDER.glob("*.yaml"))
+        raise Refusal(f"there is no cost suite {name!r}; {nearest(name, known)}")
     try:
         return CostSuite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (ValidationError, yaml.YAMLError) as error:

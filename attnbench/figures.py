@@ -290,7 +290,9 @@ def loss_against_probe(axes: Any, runs: pd.DataFrame) -> str | None:
     most = known["data"].value_counts().index[0]
     kept = known[known["data"] == most]["setting"].value_counts().index[:MOST_DOTS]
     known = known[(known["data"] == most) & known["setting"].isin(kept)].head(2000)
-    seaborn.scatterplot(known, x="nats_per_token", y="probe_accuracy_best", hue="setting", style="setting", ax=axes)
+    # Lines of markers alone: a marker is then drawn once and placed again, where a scatter draws every dot anew.
+    seaborn.lineplot(known, x="nats_per_token", y="probe_accuracy_best", hue="setting", style="setting", markers=True,
+                     dashes=False, linestyle="none", estimator=None, sort=False, ax=axes)  # fmt: skip
     axes.set(xlabel="nats/token (better to the right)", ylabel="best probe accuracy")
     axes.invert_xaxis()
     _legend(axes)

@@ -48,10 +48,10 @@ def completions(truth: Pixels, completed: Pixels, shown: NDArray[np.bool_]) -> b
 
 
 def raster(figure: Any, **options: Any) -> bytes:
-    """PNG of a figure of matplotlib, saved with these options, in 256 colours: a third of the bytes."""
+    """PNG of a figure of matplotlib, saved with these options, in 256 colours, rare ones too: a third of the bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, **options)
-    return _bytes(Image.open(buffer).convert("RGB").quantize(256))
+    return _bytes(Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE))
 
 
 def _rgb(images: Pixels) -> Pixels:

@@ -1,7 +1,7 @@
 """From records to pages: `python -m attnbench.report RUNS --out DIR` writes tables, figures, verdicts and index.html.
 
-Written are verdicts.csv, rules.csv (every rule, not only the leading ones), runs.csv, front.csv, a CSV and a Markdown
-file for every other table, figures as SVG and PNG, report.md, and one self-contained index.html.
+Written are runs.csv, a CSV and a Markdown file for every other table (verdicts, rules, front and those of `contents`),
+figures as SVG and PNG, report.md with the first rows of each table, and one self-contained index.html.
 """
 
 from __future__ import annotations
@@ -177,13 +177,10 @@ def _named(results: Path) -> str:
 
 
 def _write_tables(folder: Path, runs: Any, front: Any, made: dict[str, Any], judged: Any, rules: Any) -> None:
-    from attnbench import tables
-
-    plain = runs.drop(columns=["record", "cell"])
-    every = tables.every_run(runs)
-    for name, table in {"verdicts": judged, "rules": rules, "runs": plain, "front": front, **made}.items():
+    storage.write_text(folder / "runs.csv", runs.drop(columns=["record", "cell"]).to_csv(index=False))
+    for name, table in {"verdicts": judged, "rules": rules, "front": front, **made}.items():
         storage.write_text(folder / f"{name}.csv", table.to_csv(index=False))
-        storage.write_text(folder / f"{name}.md", _markdown(every if name == "runs" else table) + "\n")
+        storage.write_text(folder / f"{name}.md", _markdown(table) + "\n")
 
 
 def _markdown(table: Any) -> str:

@@ -104,7 +104,7 @@ CASES: dict[str, dict[str, str]] = {
         "--variants dense1d --sides 4,x --out OUT": "write --sides 16,32,64",
         "--variants dense1d --sides 0 --out OUT": "at least 1",
         "--memory 8XB": "memory",
-        "--suite cpu": "choose from gpu",
+        "--suite cpu": "did you mean 'gpu'",
         "--suite gpu": "needs a CUDA GPU",
         "--budget 0": "greater than 0",
         "--variants dense1d --sides 4 --out TEXT": "move what stands in the way",

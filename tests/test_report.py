@@ -155,8 +155,20 @@ def test_tables_and_figures_stand_beside_the_page(study: Path) -> None:
         assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
     markdown = (folder / "report.md").read_text(encoding="utf-8")
     assert "| C4 · " in markdown
-    linked = re.findall(r"\]\((figures/\w+\.svg)\)", markdown)
-    assert linked and all((folder / name).exists() for name in linked)
+    linked = re.findall(r"\]\(([\w/]+\.\w+)\)", markdown)
+    assert {"figures/cost.svg", "runs.csv", "rules.md"} <= set(linked)
+    assert [name for name in linked if not (folder / name).exists()] == []
+
+
+def test_the_markdown_report_shows_the_first_rows_of_a_long_table_and_says_where_the_rest_is(tmp_path: Path) -> None:
+    synthetic.write(tmp_path, [synthetic.one("dense1d", steps=steps) for steps in range(1, 44)])
+    folder = made(tmp_path)
+    whole = (folder / "summary.md").read_text(encoding="utf-8").strip().splitlines()[2:]
+    assert len(whole) == 43
+    _, told = (folder / "report.md").read_text(encoding="utf-8").split("## Every setting in every context")
+    told, *_ = told.split("## ")
+    assert sum(line.startswith("| dense1d") for line in told.splitlines()) == 40
+    assert "3 further rows are in [summary.md](summary.md)." in told
 
 
 def test_front_table_marks_the_pareto_optimal_and_ranks_what_separates(study: Path) -> None:

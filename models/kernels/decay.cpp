@@ -330,22 +330,21 @@ template <typename T, int LANES> void unit(const Line<T>& x, const Line<T>* g, c
     }
 }
 
-template <typename T, bool BACKWARD> void units(const Problem& p, int threads, void** at, const int64_t (*strides)[3]) {
-    View<T> x(at[0], strides[0]), g(at[1], strides[1]), y(at[1 + BACKWARD], strides[1 + BACKWARD]);
+template <typename T> void units(const int64_t* shape, T eps, int threads, View<T> x, const View<T>* g, View<T> y) {
+    int64_t batch = shape[0], heads = shape[1], slots = shape[2], dim = shape[3];
     constexpr int WHOLE = WIDEST / sizeof(T), HALF = WHOLE / 2;
-    auto work = [&](int64_t, int64_t job) {
-        auto line = [&](const View<T>& from) { return Line<T>{from.at(job / p.heads, job % p.heads), from.slot}; };
-        Line<T> gradient = line(g);
-        auto by = p.lanes > HALF ? unit<T, WHOLE> : unit<T, HALF>;
-        by(line(x), BACKWARD ? &gradient : nullptr, line(y), p.slots(), p.lanes, T(p.scale));
-    };
-    share<int64_t>(threads, p.batch * p.heads, work);
+    auto by = dim > HALF ? unit<T, WHOLE> : unit<T, HALF>;
+    share(threads, batch * heads, [&](int, int64_t job) {
+        auto line = [&](const View<T>& from) { return Line<T>{from.at(job / heads, job % heads), from.slot}; };
+        Line<T> gradient = line(g ? *g : x);
+        by(line(x), g ? &gradient : nullptr, line(y), slots, dim, eps);
+    });
 }
 
 }  // namespace
 
-// shape: batch, heads, height, width (of a line 1, slots), rows, lanes, turned, fades, started; then the scale, or of
-// decay_unit eps.  Tensors: x, a, b, y, fades; of decay_unit x, y; of decay_unit_backward x, gradient of y, that of x.
+// shape: batch, heads, height, width (of a line 1, slots), rows, lanes, turned, fades, started.
+// Tensors: x, a, b, y, fades.
 #define EXPORT(name, T, type, ...)                                                                             \
     extern "C" int decay_##name##_##type(const int64_t* s, double scale, int threads, void** at,               \
                                          const int64_t (*strides)[3]) {                                        \
@@ -358,7 +357,15 @@ EXPORT(solve, float, float32, choose<Solve, float>)
 EXPORT(solve, double, float64, choose<Solve, double>)
 EXPORT(grid, float, float32, choose<Over, float>)
 EXPORT(grid, double, float64, choose<Over, double>)
-EXPORT(unit, float, float32, units<float, false>)
-EXPORT(unit, double, float64, units<double, false>)
-EXPORT(unit_backward, float, float32, units<float, true>)
-EXPORT(unit_backward, double, float64, units<double, true>)
+
+// shape: batch, heads, slots, dim.  Tensors: x, y; backward x, gradient of y, that of x.
+#define EXPORT_UNIT(name, T, type, BACKWARD)                                                                   \
+    extern "C" int decay_##name##_##type(const int64_t* shape, double eps, int threads, void** at,             \
+                                         const int64_t (*by)[3]) {                                             \
+        View<T> x(at[0], by[0]), g(at[1], by[1]), made(at[1 + BACKWARD], by[1 + BACKWARD]);                    \
+        return guarded([&] { units<T>(shape, T(eps), threads, x, BACKWARD ? &g : nullptr, made); });           \
+    }
+EXPORT_UNIT(unit, float, float32, 0)
+EXPORT_UNIT(unit, double, float64, 0)
+EXPORT_UNIT(unit_backward, float, float32, 1)
+EXPORT_UNIT(unit_backward, double, float64, 1)

@@ -109,7 +109,7 @@ def _(
 @torch.library.custom_op("attnbench::decay_unit", mutates_args=(), device_types="cpu")
 def _unit(x: Tensor, eps: float) -> Tensor:
     y = like(x)
-    call("decay", "decay_unit", _unit_shape(x), eps, dense(x), y)
+    call("decay", "decay_unit", tuple(x.shape), eps, dense(x), y)
     return y
 
 
@@ -121,18 +121,13 @@ def _(x: Tensor, eps: float) -> Tensor:
 @torch.library.custom_op("attnbench::decay_unit_backward", mutates_args=(), device_types="cpu")
 def _unit_backward(x: Tensor, grad: Tensor, eps: float) -> Tensor:
     made = like(x)
-    call("decay", "decay_unit_backward", _unit_shape(x), eps, dense(x), dense(grad), made)
+    call("decay", "decay_unit_backward", tuple(x.shape), eps, dense(x), dense(grad), made)
     return made
 
 
 @_unit_backward.register_fake
 def _(x: Tensor, grad: Tensor, eps: float) -> Tensor:
     return like(x)
-
-
-def _unit_shape(x: Tensor) -> tuple[int, ...]:
-    batch, heads, seq, dim = x.shape
-    return batch, heads, 1, seq, 0, dim, 0, ONE, 0
 
 
 class _Unit(torch.autograd.Function):
