@@ -1,5 +1,7 @@
 """One cost cell: a variant and the baseline by turns in one process, with a matrix product as the machine's yardstick.
 
+Attention alone is that of a layer; where a trunk's layers differ, the mean over them.
+
 Runs in a child, as attnbench.measure does, under a limit of memory. Nothing is timed before its oracle has passed here.
 Shapes: q, k, v (batch, heads, seq, head_dim).
 """
@@ -9,18 +11,21 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attnbench import measure, train
+from attnbench import measure, train, variants
 from attnbench.clock import Stopwatch
+from attnbench.config import RunConfig
 from attnbench.measure import PeakMeter, Request, Timing
 from attnbench.optimiser import make_optimiser
+from models import Layer, Mixer
 
 PRODUCT = 1024
 """Rows and columns of the yardstick's matrices."""
@@ -35,7 +40,7 @@ TIMES = 3
 """Turns at least, whatever the budget, where the cell's limit of time allows them."""
 
 Phases = dict[str, Callable[[], float]]
-"""Phase -> a call that returns its seconds."""
+"""Phase -> a call that returns its seconds, of a layer or of a step."""
 
 
 class Uncaptured(Exception):
@@ -77,7 +82,8 @@ def time_cell(told: dict[str, Any]) -> dict[str, Any]:
         sides["baseline"] = subject_of(Request.parse(told["baseline"]), *how).phases
     yardstick = product(request.config.device, request.config.train.precision)
     found = by_turns(sides, yardstick, told["budget"], told.get("deadline", math.inf) - time.time())
-    return {"phases": found, "flops": _flops(request, told["scope"]), "backend": str(own.module.backend)}
+    backends = dict.fromkeys(str(module.backend) for module in own.modules)
+    return {"phases": found, "flops": _flops(request, told["scope"]), "backend": " and ".join(backends)}
 
 
 def by_turns(
@@ -120,9 +126,9 @@ def peak_cell(told: dict[str, Any]) -> dict[str, Any]:
     limit_memory(told.get("memory"), request.config.device)
     if told["scope"] == "step":
         return measure._measure_memory(told["request"])
-    _there_and_back(*attention(request))  # the rehearsal: as measure's, at the same size, for another loads other code
+    _there_and_back(*attentions(request))  # the rehearsal: as measure's, at the same size, for another loads other code
     meter = PeakMeter(request.config.device)
-    _there_and_back(*attention(request))
+    _there_and_back(*attentions(request))
     return {"peak_bytes": meter.bytes()}
 
 
@@ -159,9 +165,9 @@ def product_flops(device: str) -> int:
 
 
 class Subject(NamedTuple):
-    """What is timed: a mixer or a model, whose backend is settled once it has run, and its phases."""
+    """What is timed: mixers or a model, whose backend is settled once they have run, and the phases."""
 
-    module: Any
+    modules: list[Any]
     phases: Phases
 
 
@@ -172,29 +178,31 @@ def subject_of(request: Request, scope: str, decoding: bool = True, graphs: bool
 
 
 def check_oracle(request: Request) -> None:
-    """The attention against its float64 oracle on a 5 × 7 grid. Raises AssertionError.
+    """Every attention of the trunk against its float64 oracle on a 5 × 7 grid. Raises AssertionError.
 
     On a CPU in float64 too; on CUDA as it will be timed, for what runs there may know no other dtype: within LOW of the
     largest value.
     """
     on_cuda = request.config.device == "cuda"
-    mixer, given = attention(Request(request.config, 5, 7, 5), None if on_cuda else torch.float64)
-    if mixer is None:
-        return
+    shared, given = attentions(Request(request.config, 5, 7, 5), None if on_cuda else torch.float64)
     wide = {name: x.double() if isinstance(x, Tensor) else x for name, x in given.extras.items()}
-    with torch.no_grad():
-        out = mixer(given.q, given.k, given.v, **given.extras).double()
-        want = mixer.oracle(given.q.double(), given.k.double(), given.v.double(), **wide)  # type: ignore[operator]
-    bound = LOW * float(want.abs().max()) if on_cuda else 1e-9
-    torch.testing.assert_close(out, want, rtol=0.0 if on_cuda else 1e-9, atol=bound)
+    for mixer in shared:
+        with torch.no_grad():
+            out = mixer(given.q, given.k, given.v, **given.extras).double()
+            want = mixer.oracle(given.q.double(), given.k.double(), given.v.double(), **wide)
+        bound = LOW * float(want.abs().max()) if on_cuda else 1e-9
+        torch.testing.assert_close(out, want, rtol=0.0 if on_cuda else 1e-9, atol=bound)
 
 
-def attention(request: Request, dtype: torch.dtype | None = None) -> tuple[nn.Module | None, Inputs]:
-    """The first layer's attention and what the trunk's projections give it; None for a model of its own."""
+def attentions(request: Request, dtype: torch.dtype | None = None) -> tuple[dict[Mixer, float], Inputs]:
+    """The trunk's attentions that differ, each with its share of the layers, and what the projections give them.
+
+    All are given the first layer's; none are a model of its own.
+    """
     config = request.config.model_copy(update={"model": request.config.model.model_copy(update={"depth": 1})})
     model: Any = train.make_model(config, *request.shape)
     if not hasattr(model, "blocks"):
-        return None, Inputs(*(torch.zeros(0),) * 3, {})
+        return {}, Inputs(*(torch.zeros(0),) * 3, {})
     model = model.to(dtype or getattr(torch, config.train.precision))
     layer, size = model.blocks[0].attention, request.height * request.width
     x = torch.randn(config.train.batch, size, config.model.dim, device=config.device, dtype=model.tokens.dtype)
@@ -202,18 +210,40 @@ def attention(request: Request, dtype: torch.dtype | None = None) -> tuple[nn.Mo
         q, k, v, extras = layer.project(x, model.slots)
     q, k, v = (t.contiguous().requires_grad_() for t in (q, k, v))
     extras = {n: t.contiguous().requires_grad_() if isinstance(t, Tensor) else t for n, t in extras.items()}
-    return layer.mixer, Inputs(q, k, v, extras)
+    return _shares(request.config, layer.mixer.layer, x), Inputs(q, k, v, extras)
 
 
-def _there_and_back(mixer: nn.Module | None, given: Inputs) -> None:
-    assert mixer is not None
-    out = mixer(given.q, given.k, given.v, **given.extras)
-    torch.autograd.grad(out, given.leaves(), torch.ones_like(out), allow_unused=True)
+def _shares(config: RunConfig, first: Layer, like: Tensor) -> dict[Mixer, float]:
+    """One mixer of each kind among the trunk's layers, with its share of them."""
+    cls, depth = variants.find(config.variant).cls, config.model.depth
+    kinds: dict[Any, Mixer] = {}
+    shares: Counter[Mixer] = Counter()
+    for index in range(depth):
+        mixer = cls(replace(first, index=index, depth=depth), **config.model.options).to(like.device, like.dtype)
+        # Alike are those of one class whose settings are equal; what is drawn or learned costs the same.
+        plain = {name: value for name, value in vars(mixer).items() if isinstance(value, bool | int | float | str)}
+        shares[kinds.setdefault((type(mixer), *sorted(plain.items())), mixer)] += 1
+    return {mixer: count / depth for mixer, count in shares.items()}
+
+
+def _there_and_back(shared: dict[Mixer, float], given: Inputs) -> None:
+    for mixer in shared:
+        out = mixer(given.q, given.k, given.v, **given.extras)
+        torch.autograd.grad(out, given.leaves(), torch.ones_like(out), allow_unused=True)
+        del out
 
 
 def _attention(request: Request, decoding: bool, graphs: bool) -> Subject:
-    mixer, given = attention(request)
-    assert mixer is not None
+    shared, given = attentions(request)
+    each = {mixer: _phases(mixer, given, request, decoding, graphs) for mixer in shared}
+
+    def mean(phase: str) -> float:
+        return sum(share * each[mixer][phase]() for mixer, share in shared.items())
+
+    return Subject([*shared], {phase: partial(mean, phase) for phase in next(iter(each.values()))})
+
+
+def _phases(mixer: Mixer, given: Inputs, request: Request, decoding: bool, graphs: bool) -> Phases:
     device = request.config.device
 
     def run() -> Tensor:
@@ -238,7 +268,7 @@ def _attention(request: Request, decoding: bool, graphs: bool) -> Subject:
         }
     if decoding and request.config.model.objective == "ar":
         phases["decoding"] = lambda: _decoding(mixer, given, device)
-    return Subject(mixer, phases)
+    return phases
 
 
 def _replays(run: Callable[[], Tensor], leaves: list[Tensor]) -> list[Callable[[], None]]:
@@ -293,7 +323,7 @@ def _step(request: Request) -> Subject:
     def train_once() -> object:
         return train.train_step(model, optimiser, inputs, 0, config, labels)
 
-    return Subject(model, {"training": lambda: measure._seconds(train_once, config.device)})
+    return Subject([model], {"training": lambda: measure._seconds(train_once, config.device)})
 
 
 def _flops(request: Request, scope: str) -> dict[str, int]:
@@ -302,8 +332,8 @@ def _flops(request: Request, scope: str) -> dict[str, int]:
     if scope == "step":
         model: Any = train.make_model(request.config, *request.shape)
         return {"training": 3 * model.flops() * batch}
-    mixer: Any = attention(request)[0]
-    return {"forward": mixer.flops() * batch, "backward": 2 * mixer.flops() * batch}
+    flops = round(sum(share * mixer.flops() for mixer, share in attentions(request)[0].items())) * batch
+    return {"forward": flops, "backward": 2 * flops}
 
 
 KINDS: measure.Kinds = {"time": time_cell, "memory": peak_cell, "both": both_cell}

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LEVEL = 0.95
+ALIKE = 0.05
+"""How far from 1 a ratio may be and yet say nothing."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,9 @@ class Exponent:
 class Crossover:
     """The side from which on a cost is below the baseline's: `side`, and the range that the quartiles leave open.
 
-    side is None where it is not within the measured sides: `always` below, or never; it is interpolated. `low` and
-    `high` are measured sides, for nobody knows what lies between two; None beyond the measured. `ranged`: whether there
-    is a range at all.
+    side is None where it is not within the measured sides: `always` below, `alike` at all of them, or never; it is
+    interpolated. `low` and `high` are measured sides, for nobody knows what lies between two; None beyond the measured.
+    `ranged`: whether there is a range at all.
     """
 
     side: float | None
@@ -36,18 +38,20 @@ class Crossover:
     high: float | None
     always: bool = False
     ranged: bool = True
+    alike: bool = False
 
     def text(self) -> str:
         """In words."""
+        if self.alike:
+            return "about the same"
         if self.always:
             return "at every measured side"
         if self.side is None:
             return "not within the measured sides"
         if not self.ranged:
             return f"{self.side:.0f} (no range)"
-        low = "?" if self.low is None else f"{self.low:.0f}"
-        high = "?" if self.high is None else f"{self.high:.0f}"
-        return f"{self.side:.0f} ({low} to {high})"
+        high = "or more" if self.high is None else f"to {self.high:.0f}"
+        return f"{self.side:.0f} ({self.low:.0f} {high})"
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,12 @@ class Ratio:
     median: float
     low: float | None
     high: float | None
+
+    @property
+    def tells(self) -> bool:
+        """Whether it says which of the two costs less: further from 1 than ALIKE, and all quartiles on one side."""
+        ends = self.median, self.low or self.median, self.high or self.median
+        return abs(self.median - 1) > ALIKE and (max(ends) < 1 or min(ends) > 1)
 
 
 def exponent(tokens: Sequence[float], costs: Sequence[float], level: float = LEVEL) -> Exponent | None:
@@ -89,10 +99,14 @@ def last_exponent(tokens: Sequence[float], costs: Sequence[float]) -> float | No
 def crossover(ratios: Sequence[Ratio]) -> Crossover:
     """Where the ratio falls below 1 for good, between measured sides along a line in (log side, log ratio).
 
+    Where no ratio tells, the costs are alike: which median is below 1 is then chance.
+
     The range is from the last measured side before the lower quartile's line crosses to the first one after the upper
     quartile's does; there is none where a ratio has no quartiles.
     """
     points = sorted(ratios, key=lambda ratio: ratio.side)
+    if points and not any(point.tells for point in points):
+        return Crossover(None, None, None, alike=True)
     if points and all(point.median < 1 for point in points):
         return Crossover(None, None, None, always=True)
     side = _falls_below([(p.side, p.median) for p in points])

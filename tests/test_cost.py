@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import models
-from attnbench import afterwards, cost, curves, duel, measure, record
+from attnbench import afterwards, cost, curves, duel, measure, record, train
 from attnbench.config import RunConfig
 from attnbench.cost import CostConfig
 from attnbench.errors import Refusal
@@ -96,6 +96,39 @@ def test_nothing_is_timed_before_its_oracle_has_passed(monkeypatch: pytest.Monke
         duel.subject_of(request, "attention")
 
 
+@pytest.mark.parametrize(
+    ("variant", "options", "shares"),
+    [
+        ("dense1d", {}, {"Dense": 1.0}),
+        ("performer", {}, {"Performer": 1.0}),
+        ("axial", {}, {"row": 0.5, "col": 0.5}),
+        ("hybrid-local2d", {}, {"Local2D": 5 / 6, "Dense": 1 / 6}),
+        ("hybrid-linear", {"every": 1}, {"Linear": 0.5, "Dense": 0.5}),
+    ],
+)
+def test_attention_alone_is_the_mean_over_the_layers_of_a_trunk(
+    variant: str, options: dict[str, Any], shares: dict[str, float]
+) -> None:
+    """A layer of each kind, weighted by how many there are: FLOPs, and times that are known."""
+    (cell,) = [c for c in cost.cells(CostConfig(variants=variant, sides="6")) if c.config.variant == variant][:1]
+    config = cell.config.model_copy(update={"model": cell.config.model.model_copy(update={"options": options})})
+    request = measure.Request(config, 6, 6, 5)
+    found, _ = duel.attentions(request)
+    assert {str(getattr(mixer, "axis", type(mixer).__name__)): share for mixer, share in found.items()} == shares
+    trunk = train.make_model(config, 6, 6, 5)
+    mean = sum(mixer.flops() for mixer in trunk.mixers) / len(trunk.mixers)  # type: ignore[operator,union-attr,arg-type]
+    assert duel._flops(request, "attention")["forward"] == round(mean) * config.train.batch
+    assert set(duel.subject_of(request, "attention").phases) == {"forward", "backward", "decoding"}
+
+
+def test_the_time_of_a_layer_is_weighted_by_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    (cell,) = [c for c in cost.cells(CostConfig(variants="hybrid-local2d", sides="6")) if "hybrid" in c.id][:1]
+    seconds = {"Local2D": 6.0, "Dense": 60.0}
+    monkeypatch.setattr(duel, "_phases", lambda mixer, *_: {"forward": lambda: seconds[type(mixer).__name__]})
+    subject = duel.subject_of(measure.Request(cell.config, 6, 6, 5), "attention")
+    assert subject.phases["forward"]() == pytest.approx(15.0)
+
+
 def test_the_rehearsal_has_the_size_of_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another size loads other code, which would be counted."""
     log: list[Any] = []
@@ -104,8 +137,8 @@ def test_the_rehearsal_has_the_size_of_what_is_measured(monkeypatch: pytest.Monk
         log.append(entry)
         return result
 
-    right = duel.attention
-    monkeypatch.setattr(duel, "attention", lambda told: logged((told.height, told.width), right(told)))
+    right = duel.attentions
+    monkeypatch.setattr(duel, "attentions", lambda told: logged((told.height, told.width), right(told)))
     monkeypatch.setattr(duel, "PeakMeter", lambda device: logged("meter", measure.PeakMeter(device)))
     (cell,) = (c for c in cost.cells(CostConfig(variants="dense1d", sides="12")) if c.scope == "attention")
     duel.peak_cell({"request": measure.Request(cell.config, 12, 12, 5).dump(), "scope": "attention"})
