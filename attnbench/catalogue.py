@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from attnbench import cli
 from attnbench.config import Settings
@@ -35,21 +36,28 @@ def page() -> str:
         "one layer and in a model of four.",
         "",
     ]
-    for family in sorted(families):
-        lines += [f"## {family}", ""]
-        for name in families[family]:
-            lines += [*_entry(name), ""]
+    for family, names in sorted(families.items()):
+        classes = {models.VARIANTS[name].cls for name in names}
+        shared = len(classes) == 1 < len(names)
+        lines += [f"## {family}", "", *([f"All of them: {_definition(*classes)}", ""] if shared else [])]
+        for name in names:
+            lines += [*_entry(name, shared), ""]
     return "\n".join(lines)
 
 
-def _entry(name: str) -> Iterator[str]:
+def _definition(cls: type[Any]) -> str:
+    return " ".join(inspect.cleandoc(cls.__doc__ or "").split())
+
+
+def _entry(name: str, defined: bool) -> Iterator[str]:
+    """defined: the definition stands above, for the whole family."""
     import models
 
     variant = models.VARIANTS[name]
     yield f"### {name}"
     yield ""
-    definition = " ".join(inspect.cleandoc(variant.cls.__doc__ or "").split())
-    yield f"{variant.summary[:1].upper()}{variant.summary[1:]}. {definition}"
+    summary = f"{variant.summary[:1].upper()}{variant.summary[1:]}."
+    yield summary if defined else f"{summary} {_definition(variant.cls)}"
     yield ""
     options = ", ".join(f"`{key}` = {value!r}" for key, value in models.options(name).items()) or "none"
     yield f"- time {variant.time}, memory {variant.memory} a layer"

@@ -46,10 +46,12 @@ class Subject:
 
     @property
     def variant(self) -> Variant:
+        """Its registration.  Raises Refusal as `variants.find`."""
         return variants.find(self.name)
 
     @property
     def is_mixer(self) -> bool:
+        """Whether it is an attention in the trunk, not a whole model."""
         return issubclass(self.variant.cls, Mixer)
 
     def build(self, height: int, width: int, **shape: Any) -> Any:
@@ -63,10 +65,12 @@ class Subject:
         return model
 
     def needs(self, objective: str) -> None:
+        """Raises NotApplicable where the variant has no such objective."""
         if objective not in self.variant.objectives:
             raise NotApplicable(f"has no objective {objective!r}")
 
     def needs_mixer(self) -> None:
+        """Raises NotApplicable for a whole model."""
         if not self.is_mixer:
             raise NotApplicable("is a whole model, not an attention in the trunk")
 

@@ -41,6 +41,7 @@ class Coded:
 
     @property
     def bits(self) -> int:
+        """The stream's real length."""
         return 32 * len(self.words)
 
 

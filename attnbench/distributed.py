@@ -42,10 +42,12 @@ Plain = TypeVar("Plain")
 
 
 def rank() -> int:
+    """This process's number, from 0 on."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size() -> int:
+    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

@@ -34,8 +34,9 @@ class Subject:
     """Weights and the images to try them on.
 
     config: the settings that a record of the uncut model would have; cut: the model under a variant's mask, its options
-    given; images: tokens (count, height, width) of a split; pixels: what they are of (count, height, width, channels);
-    data: that part of the records; sha256: of the run's record, where source does not tell other weights by itself.
+    given, and raises Refusal where that mask wants others; images: tokens (count, height, width) of a split; pixels:
+    what they are of (count, height, width, channels); data: that part of the records; sha256: of the run's record,
+    where source does not tell other weights by itself.
     """
 
     source: str

@@ -51,10 +51,12 @@ class MuonAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step of both, on the gradients that are there; there must be no closure."""
         assert closure is None
         self._adam.step()
         self._muon.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """A saved state, handed on to the two."""
         super().load_state_dict(state_dict)
         self._share()

@@ -77,7 +77,10 @@ def corners(height: int, width: int, split: str) -> Iterator[Corner]:
 
 
 def cut(photograph: NDArray[np.uint8], split: str, count: int) -> NDArray[np.uint8]:
-    """`count` fields (count, FIELD, FIELD, 3) of one split of a photograph (height, width, 3)."""
+    """`count` fields (count, FIELD, FIELD, 3) of one split of a photograph (height, width, 3).
+
+    Raises Refusal where too few of them show anything.
+    """
     height, width, _ = photograph.shape
     fields = []
     for tried, (row, col) in enumerate(corners(height, width, split)):
@@ -92,7 +95,10 @@ def cut(photograph: NDArray[np.uint8], split: str, count: int) -> NDArray[np.uin
 
 
 def photograph(name: str) -> NDArray[np.uint8]:
-    """One photograph, uint8 (height, width, 3), read from the wheel's own file: never a download."""
+    """One photograph, uint8 (height, width, 3), read from the wheel's own file: never a download.
+
+    Raises Refusal where the file is not there or does not decode.
+    """
     package, folder, file = FILES[name]
     spec = importlib.util.find_spec(package)  # finds the folder without importing the package
     places = [Path(place) / folder / file for place in (spec.submodule_search_locations or [])] if spec else []

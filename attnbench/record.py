@@ -150,7 +150,10 @@ def read_all(folder: Path, room: str = "runs") -> tuple[list[dict[str, Any]], li
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: tensors and arrays as lists, paths as text, NaN and infinity as null."""
+    """`value` as JSON can hold it: tensors and arrays as lists, paths as text, NaN and infinity as null.
+
+    Raises TypeError for what is none of these.
+    """
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):

@@ -151,7 +151,7 @@ def read(file: Path, config_class: type[BaseModel]) -> dict[str, Any]:
 
 
 def scalar(text: str, flag: str) -> Any:
-    """A flag's text read as a YAML scalar: a number, true, false or a word."""
+    """A flag's text read as a YAML scalar: a number, true, false or a word.  Raises Refusal for anything else."""
     try:
         value = yaml.load(text, Loader)
     except yaml.YAMLError:

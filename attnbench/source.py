@@ -108,6 +108,7 @@ class Source(ABC):
         return found.astype(np.int64)
 
     def uniform(self, count: int) -> Floats:
+        """(count, colours): every colour as likely as any other."""
         return np.full((count, self.colours), 1 / self.colours)
 
     def copied(self, colours: Images, noise: float) -> Floats:
@@ -138,19 +139,23 @@ def surprise(chances: ArrayLike) -> Floats:
 
 
 def whole(name: str, value: object, least: int) -> None:
+    """Raises Refusal unless the value is a whole number, `least` or more."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise Refusal(f"a source needs {name} to be a whole number, {least} or more, not {value!r}; choose another")
 
 
 def flag(name: str, value: object) -> None:
+    """Raises Refusal unless the value is true or false."""
     if not isinstance(value, bool):
         raise Refusal(f"a source needs {name} to be true or false, not {value!r}; choose one")
 
 
 def number(name: str, value: object, low: float, high: float) -> None:
+    """Raises Refusal unless the value is a number from `low` to `high`, both included."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise Refusal(f"a source needs {name} to be a number from {low} to {high}, not {value!r}; choose another")
 
 
 def share(name: str, value: object) -> None:
+    """Raises Refusal unless the value is a number from 0 to 1."""
     number(name, value, 0, 1)

@@ -30,13 +30,19 @@ class Tokeniser(Protocol):
     """What cuts images into tokens 0..vocab-1, `tokens_per_pixel` to a pixel, side by side in its row."""
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """Its name in `--data.tokens`."""
+        ...
 
     @property
-    def vocab(self) -> int: ...
+    def vocab(self) -> int:
+        """How many different tokens there are."""
+        ...
 
     @property
-    def tokens_per_pixel(self) -> int: ...
+    def tokens_per_pixel(self) -> int:
+        """Columns of tokens to a column of pixels."""
+        ...
 
     @property
     def lossless(self) -> bool:

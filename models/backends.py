@@ -124,6 +124,7 @@ def xformers_bias(scan: Scan, window: int | None) -> Any:
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Tensor:
+    """Softmax over the keys that the bias class leaves visible, as `xformers_bias` makes it; None: over all."""
     from xformers.ops import memory_efficient_attention
 
     heads_later = (x.transpose(1, 2).contiguous() for x in (q, k, v))

@@ -124,6 +124,7 @@ class PixelCNN(WholeModel):
         return [rearrange(h, "b d h w -> b (h w) d") for h in stream]
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """The logits of all pixels at once."""
         return self.read(self.features(tokens)[-1]).unflatten(1, tokens.shape[1:])
 
     def read(self, h: Tensor) -> Tensor:
@@ -217,6 +218,7 @@ class Residual(nn.Module):
         self.shortcut = None if same else nn.Conv2d(before, width, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(batch, before, rows, cols) -> (batch, width, rows / stride, cols / stride), rounded up."""
         straight = x if self.shortcut is None else self.shortcut(x)
         x = F.relu(self.first_norm(self.first(x)))
         return F.relu(straight + self.second_norm(self.second(x)))
@@ -259,6 +261,7 @@ class ResNet(WholeModel):
         self.head = nn.Linear(before, whole.classes)
 
     def forward(self, images: Tensor) -> Tensor:
+        """The logits of the classes.  Raises ValueError for another number of dimensions or of channels."""
         if images.ndim != 4 or images.shape[1] != self.channels:
             raise ValueError(
                 f"images of shape (batch, {self.channels}, height, width) wanted, not {tuple(images.shape)}"

@@ -63,7 +63,8 @@ class Columns:
     time="O(n·d²)",
     memory="O(n·d²/B)",
     summary="decay by the true 2D offset: λ_row^Δrow · λ_col^|Δcol|, raster-causal",
-    reference="this project",
+    reference="this project; close to Fan et al., RMT: Retentive Networks Meet Vision Transformers, CVPR 2024, whose "
+    "decay by |Δrow| + |Δcol| is not causal",
 )
 class Decay2D(Recurrent):
     """Σ λ_row^Δrow λ_col^|Δcol| (q·k) v, root mean square 1; see the module for how it is summed in O(n·d²).

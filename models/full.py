@@ -19,6 +19,8 @@ _ROFORMER = "Su et al., RoFormer: Enhanced Transformer with Rotary Position Embe
 _HEO = "Heo et al., Rotary Position Embedding for Vision Transformer, ECCV 2024"
 _ALIBI = "Press et al., Train Short, Test Long: Attention with Linear Biases, ICLR 2022"
 _SINUSOIDS = "Vaswani et al., Attention Is All You Need, NeurIPS 2017"
+_PARMAR = f"{_SINUSOIDS}; by row and column Parmar et al., Image Transformer, ICML 2018"
+_CHILD = "Child et al., Generating Long Sequences with Sparse Transformers, 2019 (row and column embeddings of images)"
 _SWIN = "Liu et al., Swin Transformer, ICCV 2021 (relative position bias)"
 BLOCK = 128
 """Queries whose scores "blocked" lays out at a time."""
@@ -31,14 +33,15 @@ dense = partial(variant, family="dense", time="O(n²)", memory="O(n)")
 @dense("dense-sin1d", summary="sines and cosines of the place", reference=_SINUSOIDS, position="sin1d")
 @dense("dense-rope1d", summary="rotary by the place", reference=_ROFORMER, position="rope1d")
 @dense("dense-alibi1d", summary="linear bias on the distance along the scan", reference=_ALIBI, position="alibi1d")
-@dense("dense2d", summary="learned row vector + learned column vector", reference=_IGPT, position="learned2d")
-@dense(
-    "dense-sin2d", summary="half the channels encode the row, half the column", reference=_SINUSOIDS, position="sin2d"
-)
+@dense("dense2d", summary="learned row vector + learned column vector", reference=_CHILD, position="learned2d")
+@dense("dense-sin2d", summary="half the channels encode the row, half the column", reference=_PARMAR, position="sin2d")
 @dense("dense-rope2d", summary="half of each head turned by row, half by column", reference=_HEO, position="rope2d")
 @dense("dense-mixed2d", summary="rotary by ω_r·row + ω_c·col, frequencies learned", reference=_HEO, position="mixed2d")
 @dense("dense-relbias2d", summary="a learned bias per head and (Δrow, Δcol)", reference=_SWIN, position="relbias2d")
-@dense("dense-alibi2d", summary="linear bias on |Δrow| + |Δcol|", reference=_ALIBI, position="alibi2d")
+@dense(
+    "dense-alibi2d", summary="linear bias on |Δrow| + |Δcol|", position="alibi2d",
+    reference=f"{_ALIBI}; in two dimensions here",
+)  # fmt: skip
 class Dense(ExactMixer):
     """softmax(QKᵀ/√d)V.
 

@@ -92,6 +92,7 @@ class Fading(Recurrent):
 
 
 def normalised(out: Tensor) -> Tensor:
+    """(…, head_dim), divided by its root mean square over head_dim."""
     return F.rms_norm(out, out.shape[-1:], eps=EPS)
 
 

@@ -34,6 +34,7 @@ class Norm(nn.Module):
         self.gain, self.eps = nn.Parameter(torch.empty(dim)), eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """(…, dim) -> (…, dim)."""
         return F.rms_norm(x, self.gain.shape, self.gain, eps=self.eps)
 
 
@@ -49,9 +50,11 @@ class Attention(nn.Module):
         self.position = [position]  # in a list: its parameters belong to the trunk
 
     def gated(self, x: Tensor) -> Tensor | None:
+        """The gates that the mixer asks for, (batch, seq, heads · gates); None where it asks for none."""
         return None if self.gates is None else self.gates(x)
 
     def project(self, x: Tensor, slots: Tensor) -> Projected:
+        """x (batch, seq, dim) at these slots (seq,), projected, as a mixer takes it."""
         return self.split(self.qkv(x), self.gated(x), slots)
 
     def split(self, qkv: Tensor, gates: Tensor | None, slots: Tensor) -> Projected:
@@ -79,6 +82,7 @@ class Attention(nn.Module):
         return rearrange(self.mixer(q, k, v, **extras), "b h n d -> b n (h d)")
 
     def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+        """x (batch, seq, dim) at these slots (seq,) -> (batch, seq, dim)."""
         return self.out(self.mix(*self.project(x, slots)))
 
     def keep(self, slots: Tensor, state: Any) -> Kept | None:
@@ -113,6 +117,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(4 * dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(…, dim) -> (…, dim)."""
         up, down = self.up, self.down
         if x.numel() < up.in_features**2 or not (plain(up) and plain(down)):
             return down(F.silu(1.702 * up(x)) / 1.702)
@@ -141,6 +146,7 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = Norm(dim), MLP(dim)
 
     def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+        """x (batch, seq, dim) at these slots (seq,) -> (batch, seq, dim).  Raises ValueError as `checked`."""
         attention, mlp, norm, last = self.attention, self.mlp, self.attention_norm, self.mlp_norm
         matrices = attention.qkv, attention.out, mlp.up, mlp.down
         if not fuses(x, (norm, last), matrices):
@@ -153,6 +159,7 @@ class Block(nn.Module):
         return kernels.block.finish(x, mixed, outer, last.gain, last.eps, up, down)
 
     def step(self, x: Tensor, slots: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """x (batch, 1, dim) at one slot (1,) and the mixer's state -> (batch, 1, dim) and its next state."""
         attention, normed = self.attention, self.attention_norm(x)
         mixed, state = attention.step(attention.qkv(normed), attention.gated(normed), slots, state)
         x = x + attention.out(mixed)
@@ -206,6 +213,7 @@ class ImageGPT(nn.Module):
 
     @property
     def mixers(self) -> list[Mixer]:
+        """One a block, the first block's first."""
         return [cast(Block, block).attention.mixer for block in self.blocks]
 
     @property
@@ -238,6 +246,7 @@ class ImageGPT(nn.Module):
         return stream
 
     def forward(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Tokens, and bool (batch, height, width) of those that are hidden -> logits.  Raises ValueError as `embed`."""
         x = self.embed(tokens, hidden)
         for block in self.blocks:
             x = block(x, self.slots)

@@ -74,6 +74,7 @@ class Linear(Recurrent):
         return x.clamp(max=0).exp() + x.relu()  # elu(x) + 1, but to the last digit below 0 too
 
     def normalised(self, out: Tensor) -> Tensor:
+        """(…, head_dim + 1), sums and as last channel their normaliser -> (…, head_dim)."""
         return out[..., :-1] / out[..., -1:].clamp(min=self.floor)
 
     def parallel(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
@@ -87,6 +88,7 @@ class Linear(Recurrent):
         return self.normalised(q @ (k.mT @ v))
 
     def compiled(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`parallel` by the C++ kernel, (batch, heads, seq, head_dim)."""
         return kernels.linear(q, k, v, "elu+1", self.floor)
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor, **extras: Tensor) -> Tensor:
@@ -142,6 +144,7 @@ class Performer(Linear):
         self.register_buffer("directions", directions.to(torch.empty(()).device, torch.get_default_dtype()))
 
     def log_feature(self, x: Tensor) -> Tensor:
+        """log φ of queries or keys, (batch, heads, seq, features); not yet divided by anything."""
         x = x * self.layer.head_dim**-0.25
         return x @ self.directions.to(x.dtype).mT - (x * x).sum(-1, keepdim=True) / 2
 

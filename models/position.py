@@ -98,7 +98,8 @@ class Learned1D(Position):
 
 @position("learned2d")
 class Learned2D(Position):
-    """A learned row vector + a learned column vector of the target: (height + width) · dim parameters."""
+    """A learned row vector + a learned column vector of the target (Child et al., Sparse Transformers, 2019, for
+    images): (height + width) · dim parameters."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
@@ -141,6 +142,7 @@ class Sinusoids(Position):
         self.register_buffer("table", table.to(torch.get_default_dtype()), persistent=False)
 
     def waves(self, slots: Tensor) -> Tensor:
+        """float64 (slots, dim): the table's rows.  Raises ValueError for a dim that does not split into equal parts."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -162,8 +164,8 @@ class Sin1D(Sinusoids):
 
 @position("sin2d")
 class Sin2D(Sinusoids):
-    """Half the channels are waves of the target's row, half of its column (Wang & Liu, 2D positional embedding, 2019;
-    He et al., MAE, 2022)."""
+    """Half the channels are waves of the target's row, half of its column (Parmar et al., Image Transformer, 2018; Wang
+    & Liu, 2D positional embedding, 2019; He et al., MAE, 2022)."""
 
     def waves(self, slots: Tensor) -> Tensor:
         _divides(4, "dim", self.shape.dim, "sin2d")
@@ -282,6 +284,7 @@ class Alibi(Position):
         self.register_buffer("slopes", 2 ** (-8 * (torch.arange(shape.heads) + 1.0) / shape.heads), persistent=False)
 
     def distance(self, query: Tensor, key: Tensor) -> Tensor:
+        """Steps from each query's target to its key's pixel, at least 0, in the shape of the slots together."""
         raise NotImplementedError
 
     def bias(self, layer: int) -> ScoreBias:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import models
 from attnbench import check, checks, receptive
@@ -139,9 +142,17 @@ def walked_through(folder: Path) -> None:
     (folder / "my_attention.py").write_text(example)
 
 
+def pair() -> tuple[str, str]:
+    """The check and the run of that attention that the README names, each from the command's name on."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    check_it, run_it = re.findall(r"^python -m attnbench\.(.*my_attention:MyAttention.*)$", readme, flags=re.MULTILINE)
+    return check_it, run_it
+
+
 def test_own_attention_from_a_file_outside(tmp_path: Path) -> None:
     walked_through(tmp_path)
-    command = [sys.executable, "-m", "attnbench.check", "my_attention:MyAttention", "--out", "rf"]
+    name, *told = pair()[0].split()
+    command = [sys.executable, "-m", f"attnbench.{name}", *told, "--out", "rf"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 failed" in done.stdout
@@ -208,6 +219,18 @@ def test_own_attention_through_run_sweep_and_report(tmp_path: Path) -> None:
     assert recorded(tmp_path / "results" / "runs") == [("my_attention:MyAttention", "ok")] * 2
     for name in ("front.csv", "index.html"):
         assert "my_attention:MyAttention" in (tmp_path / "page" / name).read_text()
+
+
+def test_own_attention_on_own_pictures(tmp_path: Path) -> None:
+    walked_through(tmp_path)
+    random = np.random.default_rng(0)
+    for number in range(24):
+        path = tmp_path / "pictures" / ("cats" if number % 2 else "dogs") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (20, 18, 3), dtype=np.uint8)).save(path)
+    small = "--model.dim 16 --model.depth 1 --model.heads 1 --train.steps 2 --train.batch 2 --train.warmup 1"
+    commanded(tmp_path, f"{pair()[1]} {small} --no-measure --sample.count 0 --probe.no-enabled --data.colours 8")
+    assert recorded(tmp_path / "results" / "runs") == [("my_attention:MyAttention", "ok")]
 
 
 @pytest.mark.soak

@@ -111,10 +111,14 @@ class Stack:
 
     @property
     def current(self) -> bool:
+        """Whether every weight still lies where it lay."""
         return self._addresses == self._now()
 
     def keep(self, kept: Sequence[Kept | None]) -> None:
-        """Where the kernel finds each layer's keys at this slot; the caller holds these tensors until it has run."""
+        """Where the kernel finds each layer's keys at this slot; the caller holds these tensors until it has run.
+
+        Raises ValueError for keys of another dtype than the weights'.
+        """
         for to, known in zip(self._kept, kept, strict=True):
             if known is None:
                 continue
@@ -129,7 +133,7 @@ class Stack:
         """From layer `first` on, before which goes the rest of a layer whose mixer made `mixed`.
 
         At layer `stop` the stream and its projections, (batch, 1, 3 · dim + heads · gates); or, past the last layer,
-        (batch, 1, vocab).  Every layer between must have been told by `keep`.
+        (batch, 1, vocab).  Every layer between must have been told by `keep`.  Raises MemoryError.
         """
         x, mixed = x.contiguous(), None if mixed is None else mixed.contiguous()
         stream, out = torch.empty_like(x), x.new_empty(len(x), 1, self._widths[stop])

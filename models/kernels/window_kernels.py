@@ -63,6 +63,7 @@ def attend(
     height, width, scale, HEADS: tl.constexpr, RADIUS: tl.constexpr, dim: tl.constexpr, DIM: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, REACH: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
+    """Of a patch: its queries' outputs, and the logarithm of each one's mass."""
     image, head, top, left, row, col = _patch(HEADS, height, width, TALL, WIDE)
     slot, inside = row * width + col, (row < height) & (col < width)
     query = _rows(q, image, head, slot, inside, qi, qh, qs, dim, DIM)
