@@ -6,13 +6,16 @@ was trained that way.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from attnbench import cost, curves, record
+from attnbench import cost, curves, frame, record
+from attnbench.errors import Refusal
 from attnbench.frame import number, part, place
 
 
@@ -47,33 +50,56 @@ def _span(sides: list[int]) -> str:
 
 
 def surgery(results: Path) -> pd.DataFrame:
-    """C4: what a trained model loses under a mask it was not trained with; ± over its test images."""
-    rows = []
-    for done in record.read_all(results / "surgery")[0]:
+    """C4: what a trained model loses under a mask it was not trained with; ± over its test images.
+
+    `context` is that of the run `weights_of`; `weights` says in a few words what they are.
+    """
+    known = record.read_all(results / "surgery")[0]
+    weights, rows = _sources(results, (part(done, "surgery").get("source") for done in known)), []
+    for done in known:
         told = part(done, "surgery")
+        source = weights.get(str(told.get("source")), {})
         rows.append({
-            "mask": done.get("variant"), "reach": number(told.get("value")), "weights_of": told.get("source"),
+            "mask": done.get("variant"), "reach": number(told.get("value")),
+            "weights": source.get("weights", str(told.get("source"))), "weights_of": told.get("source"),
             "fine_tuned_steps": number(told.get("finetune")), "images": _images(done),
             "nats_per_token": number(part(done, "metrics").get("nats_per_token")),
             "cost_nats_per_token": number(told.get("cost_nats_per_token")),
             "cost_nats_per_token_low": number(told.get("cost_low")),
-            "cost_nats_per_token_high": number(told.get("cost_high")),
+            "cost_nats_per_token_high": number(told.get("cost_high")), "context": source.get("context"),
         })  # fmt: skip
     return _sorted(rows, ["weights_of", "mask", "fine_tuned_steps", "reach"])
 
 
+def _sources(results: Path, ids: Iterable[Any]) -> dict[str, dict[str, str]]:
+    """By the id of each run whose record is here: its `setting`, its `context`, and both in a few words (`weights`)."""
+    found = []
+    for id in sorted({id for id in ids if isinstance(id, str)}):
+        with contextlib.suppress(Refusal):  # others' weights have a name, and no record
+            found.append(record.find(results, id, warn=False))
+    sources = {}
+    for run in frame.rows(frame.frame(done for done in found if done is not None)):
+        side = f" {run.side}" if run.side else ""
+        steps = f", {run.steps:,.0f} step{'s' if run.steps != 1 else ''}" if run.steps == run.steps else ""
+        words = f"{run.setting}, {run.data}{side}{steps}"
+        sources[run.id] = {"setting": run.setting, "context": run.context, "weights": words}
+    return sources
+
+
 def transfer(results: Path) -> pd.DataFrame:
-    """C3: a trained model's likelihood at other sides."""
-    rows = []
-    for done in record.read_all(results / "transfer")[0]:
+    """C3: a trained model's likelihood at other sides; `context` is that of its training."""
+    known = record.read_all(results / "transfer")[0]
+    weights, rows = _sources(results, (part(done, "transfer").get("source") for done in known)), []
+    for done in known:
         told, data, metrics = part(done, "transfer"), part(done, "data"), part(done, "metrics")
+        source = weights.get(str(told.get("source")), {})
         rows.append({
-            "setting": done.get("variant"), "weights_of": told.get("source"),
+            "setting": source.get("setting", done.get("variant")), "weights_of": told.get("source"),
             "trained_at": f"{told.get('trained_height')}×{told.get('trained_width')}",
             "tokens": (number(data.get("height")) or 0) * (number(data.get("width")) or 0) or None,
             "side": f"{data.get('height')}×{data.get('width')}",
             "tables": "interpolated" if told.get("interpolated") else "carried over", "images": _images(done),
-            "nats_per_token": number(metrics.get("nats_per_token")),
+            "nats_per_token": number(metrics.get("nats_per_token")), "context": source.get("context"),
         })  # fmt: skip
     return _sorted(rows, ["setting", "weights_of", "tokens"])
 
@@ -93,6 +119,10 @@ def attention(results: Path) -> pd.DataFrame:
             rows += _heads(told)
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
             continue  # not what attention_map writes; the table then lacks it
+    runs = _sources(results, (row["run"] for row in rows))
+    for row in rows:
+        source = runs.get(row["run"], {})
+        row |= {"setting": source.get("setting", row["setting"]), "context": source.get("context")}
     return pd.DataFrame(rows)
 
 

@@ -14,7 +14,8 @@ from attnbench import afterwards, published, tables
 class Entry:
     """A table of the page: where it belongs, what it is called, how it is made, and what must run to fill it.
 
-    `make` is given the frame of runs, or the folder of results where `outside` them.
+    `make` is given the frame of runs, or the folder of results where `outside` them. `note` is empty where nothing need
+    be run: the table has no rows if nothing of the kind happened.
     """
 
     key: str
@@ -23,6 +24,11 @@ class Entry:
     make: Callable[..., pd.DataFrame]
     note: str
     outside: bool = False
+
+
+def blank(note: str) -> str:
+    """What stands in place of a table without rows, by the note of its entry."""
+    return f"Not run. It needs {note}." if note else "None."
 
 
 ENTRIES: tuple[Entry, ...] = (
@@ -101,7 +107,7 @@ ENTRIES: tuple[Entry, ...] = (
         tables.tuning,
         "runs of one setting at several learning rates",
     ),
-    Entry("failures", "all", "Runs that did not end well", tables.failures, "nothing: it is empty when all went well"),
+    Entry("failures", "all", "Runs that did not end well", tables.failures, ""),
     Entry(
         "replicas",
         "all",

@@ -388,9 +388,7 @@ def _print(records: Sequence[dict[str, Any]]) -> None:
             against = f"{ratio['median']:.3f}" if ratio else ""
             row = (f"{own['median'] * 1e3:,.2f}", spread, str(own["n"]), share, against, peak)
             cost.add_row(label(r), r["scope"], str(r["side"]), phase, *row)
-    fits = Table(
-        "variant", "scope", "cost", "exponent in n", "95 %", "points", "last two", "cheaper than the baseline from side"
-    )
+    fits = Table("variant", "scope", "cost", "exponent in n", "95 %", "points", "last two", "cheaper from image side")
     for curve in curves(records):
         fit = curve.fit
         between = "" if fit is None or fit.low is None else f"{fit.low:.2f} to {fit.high:.2f}"

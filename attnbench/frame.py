@@ -277,7 +277,8 @@ def context(record: Record, without: Iterable[str] = ()) -> str:
     side = part(config, "data").get("side") or "?"  # a run that failed early does not know more
     size = "" if "side" in without else f" {data.get('height', side)}×{data.get('width', side)}"
     words = [f"{lookup(record, 'data')}{size}"]
-    steps = "steps" if "train.steps" in without else f"{train.get('steps')} steps"
+    count = train.get("steps")
+    steps = "steps" if "train.steps" in without else f"{count} step{'' if count == 1 else 's'}"
     words.append(f"{model.get('depth')} layers of {model.get('dim')}, {steps} of {train.get('batch')}")
     if config.get("device") == "cuda":
         words.append("CUDA")

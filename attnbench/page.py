@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from attnbench import figures, frame, tables
+from attnbench import contents, figures, frame, tables
 from attnbench.config import RunConfig
 from attnbench.verdicts import CLAIMS, Verdict, texts
 
@@ -46,14 +46,14 @@ class Field:
 
 @dataclass(frozen=True)
 class Shown:
-    """A table ready for the page; without rows it says what must be run to fill it."""
+    """A table ready for the page; `blank` stands there if it has no rows."""
 
     key: str
     claim: str
     title: str
     heads: tuple[str, ...]
     rows: tuple[tuple[Field, ...], ...]
-    need: str
+    blank: str
     left_out: int = 0
 
 
@@ -88,7 +88,7 @@ COLUMNS: dict[str, Column] = {
     "predicted_train_peak_bytes": Column("predicted MiB", "{:,.1f}".format, 2.0**-20),
     "train_images_per_second": Column("training images/s", "{:,.1f}".format),
     "sample_images_per_second": Column("sampling images/s", "{:,.1f}".format),
-    "state_bytes_per_image": Column("decoding KiB/image", "{:,.1f}".format, 2.0**-10, missing="not measured"),
+    "state_bytes_per_image": Column("decoding state KiB/image", "{:,.1f}".format, 2.0**-10, missing="not measured"),
     "exponent_seconds_per_image": Column("exponent of training time", "{:.2f}".format),
     "exponent_train_peak_bytes": Column("exponent of training memory", "{:.2f}".format),
     "exponent_state_bytes_per_image": Column("exponent of decoding state", "{:.2f}".format),
@@ -98,16 +98,18 @@ COLUMNS: dict[str, Column] = {
     "exponent": Column("exponent", "{:.2f}".format),
     "last_exponent": Column("exponent, two largest sides", "{:.2f}".format),
     "ratio_to_baseline": Column("times the baseline's at the largest side", "{:.3g}".format),
-    "cheaper_from_side": Column("cheaper than the baseline from side"),
+    "cheaper_from_side": Column("cheaper than the baseline from image side"),
     "step_sides": Column("sides of the step"),
-    "step_cheaper_from_side": Column("training step cheaper from side"),
-    "decoding_cheaper_from_side": Column("attention's decoding cheaper from side"),
+    "step_cheaper_from_side": Column("training step cheaper from image side"),
+    "decoding_cheaper_from_side": Column("attention's decoding cheaper from image side"),
     "row_start_nats": Column("nats at row starts", "{:.4f}".format),
     "first_row_nats": Column("nats in the first row", "{:.4f}".format),
     "interior_nats": Column("nats inside", "{:.4f}".format),
     "row_start_excess": Column("row starts less inside", "{:+.4f}".format),
     "rank_correlation": Column("rank correlation", "{:.2f}".format),
     "against_baseline": Column("against the baseline"),
+    "test_nats": Column("test nats/token", "{:.4f}".format),
+    "differs": Column("by more than its ±"),
     "against_published": Column("less the published loss", "{:+.4f}".format),
     "share_of_steps": Column("share of its steps", "{:.2g}".format),
     "tokens": Column("tokens", _count),
@@ -118,7 +120,7 @@ COLUMNS: dict[str, Column] = {
     "seconds": Column("seconds of training", _count),
     "lr": Column("learning rate", "{:g}".format),
     "rates_tried": Column("rates tried", _count),
-    "largest_rate": Column("the largest was best"),
+    "largest_rate": Column("best rate at the grid's edge"),
     "pareto": Column("Pareto-optimal"),
 }
 
@@ -127,7 +129,7 @@ def shown(
     key: str, claim: str, title: str, table: pd.DataFrame, need: str, links: dict[str, str] | None = None,
     most: int = MOST_ROWS,
 ) -> Shown:  # fmt: skip
-    """A frame as the page shows it. `links`: anchors by the text of the first column."""
+    """A frame as the page shows it. `need`: what fills it (see Entry). `links`: anchors by the first column's text."""
     table = table.dropna(axis="columns", how="all")
     names = [str(name) for name in table.columns if not str(name).endswith(("_low", "_high"))]
     rows = table.head(most).to_dict("records")
@@ -138,7 +140,7 @@ def shown(
         for row in rows
     )
     heads = tuple(COLUMNS[name].head if name in COLUMNS else name.replace("_", " ") for name in names)
-    return Shown(key, claim, title, heads, fields, need, max(0, len(table) - most))
+    return Shown(key, claim, title, heads, fields, contents.blank(need), max(0, len(table) - most))
 
 
 def _field(row: dict[Any, Any], name: str, href: str) -> Field:

@@ -24,11 +24,11 @@ def figures(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def replicas(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs with the data, tokens, shape and batch of a published model, ranked with it by validation loss.
+    """Runs with the data, tokens, shape and batch of a published model, the longest first, then by validation loss.
 
     Intervals are those of one run over its images; `validation`: as its test images spread, of as many as it validated
-    on. `share_of_steps`: of the model's training steps. Rate and optimiser are ours to choose. `equal_parameters`: as
-    many as the baseline's, up to EQUAL; a table of biases adds to them.
+    on; `differs`: whether the published loss lies outside. `share_of_steps`: of the model's training steps. Rate and
+    optimiser are ours to choose. `equal_parameters`: as many as the baseline's, up to EQUAL; a table of biases adds.
     """
     rows = []
     for other in _entries():
@@ -40,7 +40,9 @@ def replicas(runs: pd.DataFrame) -> pd.DataFrame:
         rows += [_beside(other, base, setting, tries) for _, setting, tries in tables.groups(own)]
         known = {"validation": other["value"], "share_of_steps": 1.0, "lr": other["lr"]}
         rows.append(dict.fromkeys(rows[-1], None) | {"setting": f"published: {other['model']}"} | known)
-    return pd.DataFrame(rows).sort_values("validation", ignore_index=True) if rows else pd.DataFrame()
+    if not rows:
+        return pd.DataFrame()
+    return pd.DataFrame(rows).sort_values(["share_of_steps", "validation"], ascending=[False, True], ignore_index=True)
 
 
 def _beside(other: dict[str, Any], base: float, setting: str, own: pd.DataFrame) -> dict[str, Any]:
@@ -55,9 +57,10 @@ def _beside(other: dict[str, Any], base: float, setting: str, own: pd.DataFrame)
     return {
         "setting": setting, "validation": validation, "validation_low": validation - reach,
         "validation_high": validation + reach, "against_published": validation - other["value"],
+        "differs": "yes" if abs(validation - other["value"]) > reach else "no",
         "share_of_steps": first["steps"] / other["steps"], "parameters": parameters,
         "equal_parameters": "yes" if abs(parameters - base) <= EQUAL * base else "",
-        "nats_per_token": nats, "nats_per_token_low": low, "nats_per_token_high": high,
+        "test_nats": nats, "test_nats_low": low, "test_nats_high": high,
         "probe_accuracy_best": own["probe_accuracy_best"].mean(),
         "optimiser": optimiser, "lr": first["lr"], "seeds": len(own),
     }  # fmt: skip

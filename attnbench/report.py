@@ -102,23 +102,42 @@ def _judges(rule: Any) -> Any:
     return rule.model_copy(update={"says": "", "correction": None})
 
 
-def _beforehand(rules: Declared, judged: list[Any], runs: Any) -> list[str]:
-    """Of each swept suite, which of its rules were declared, or changed, after runs that they judge were made."""
+@dataclass(frozen=True)
+class Late:
+    """A rule that was declared, or changed, `since` when `older` of the `used` runs that it judges were made."""
+
+    since: str
+    older: int
+    used: int
+
+
+def late(rules: Declared, judged: list[Any], runs: Any) -> dict[tuple[str, str], Late]:
+    """Of the suites that were swept, by suite and claim, the rules that came after runs that they judge."""
     from attnbench import frame
 
     made = {str(row.id): str(row.time) for row in frame.rows(runs)}
+    found = {}
+    for verdict in judged:
+        since = rules.since.get((verdict.suite, verdict.claim))
+        if since is not None and (older := sum(made[id] < since for id in verdict.ids)):
+            found[verdict.suite, verdict.claim] = Late(since, older, len(verdict.ids))
+    return found
+
+
+def _beforehand(rules: Declared, judged: list[Any], runs: Any) -> list[str]:
+    """Of each swept suite, which of its rules were declared, or changed, after runs that they judge were made."""
+    behind = late(rules, judged, runs)
     notes = []
     for name in dict.fromkeys(name for name, _ in rules.since):
-        used = {v.claim: v.ids for v in judged if v.suite == name and v.ids}
-        older = {claim: sum(made[id] < rules.since[name, claim] for id in ids) for claim, ids in used.items()}
-        late = [
-            f"{claim} since {rules.since[name, claim]}, {count} of its {len(used[claim])} runs older"
-            for claim, count in older.items()
-            if count
+        used = dict.fromkeys(v.claim for v in judged if v.suite == name and v.ids)
+        told = [
+            f"{claim} since {one.since}, {one.older} of its {one.used} runs older"
+            for claim in used
+            if (one := behind.get((name, claim)))
         ]
-        stood = f"{len(used) - len(late)} of the {len(used)} rules that judge runs stood before all of them"
+        stood = f"{len(used) - len(told)} of the {len(used)} rules that judge runs stood before all of them"
         before = stood if used else "its rules judge no run yet"
-        notes.append(f"Suite {name}: {before}" + (f"; but {'; '.join(late)}." if late else "."))
+        notes.append(f"Suite {name}: {before}" + (f"; but {'; '.join(told)}." if told else "."))
     return notes
 
 
@@ -177,16 +196,19 @@ def _named(results: Path) -> str:
 
 
 def _write_tables(folder: Path, runs: Any, front: Any, made: dict[str, Any], judged: Any, rules: Any) -> None:
+    from attnbench import contents
+
+    blanks = {entry.key: contents.blank(entry.note) for entry in contents.ENTRIES}
     storage.write_text(folder / "runs.csv", runs.drop(columns=["record", "cell"]).to_csv(index=False))
     for name, table in {"verdicts": judged, "rules": rules, "front": front, **made}.items():
         storage.write_text(folder / f"{name}.csv", table.to_csv(index=False))
-        storage.write_text(folder / f"{name}.md", _markdown(table) + "\n")
+        storage.write_text(folder / f"{name}.md", _markdown(table, blanks.get(name, "Not run.")) + "\n")
 
 
-def _markdown(table: Any) -> str:
+def _markdown(table: Any, blank: str = "") -> str:
     """Without the spaces that would line up columns: in a long table they are more than half of the bytes."""
     if not len(table):
-        return "Not run."
+        return blank
     safe = table.map(lambda value: _markdown_cell(value) if isinstance(value, str) else value)
     text: str = safe.rename(columns=_markdown_cell).to_markdown(index=False, floatfmt=".4g")
     head, rule, *rows = re.sub(" {2,}", " ", text).split("\n")

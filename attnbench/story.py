@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,13 @@ from attnbench.config import RunConfig, Settings
 from attnbench.errors import Refusal
 
 BEGIN, END = "<!-- story -->", "<!-- end of story -->"
+RUN = re.compile(r"(<!-- run (\S+) -->\n).*?(<!-- end of run -->)", re.DOTALL)
+"""Marks around the table of a variant's run at its defaults."""
+BESIDE = {
+    "cost": "costs/*.json", "surgery": "surgery/*.csv", "transfer": "transfer/*.csv",
+    "attention_map": "artifacts/*/attention_map.json",
+}  # fmt: skip
+"""Commands that measure beside the runs, and the files that they write."""
 
 
 class StoryConfig(Settings):
@@ -38,35 +46,65 @@ def text(results: Path, suite: str, root: Path) -> str:
             f"{results} holds no finished run with a likelihood; python -m attnbench.sweep {suite} makes them"
         )
     here = results.relative_to(root)
-    cards = page.cards(verdicts.judge(runs, report.declared(results).suites))
-    commits = sorted({str(frame.part(r, "environment").get("commit") or "unknown")[:8] for r in records})
-    lines = [
-        f"Of {len(records)} runs (commits {', '.join(commits)}), in [{here}]({here}/report/report.md); "
-        f"`python -m attnbench.sweep {suite} --out {here}` makes them again, and goes on where they end.",
+    rules = report.declared(results)
+    judged = verdicts.judge(runs, rules.suites)
+    late = report.late(rules, judged, runs)
+    return "\n".join([
+        *_origin(records, results, suite, here),
+        *(_verdict(card, late) for card in page.cards(judged)),
         "",
-        *(_verdict(card) for card in cards),
-        "",
+        *_by_side(runs),
         f"Every setting in the context that most were run in ({tables.leading_context(runs)}). ± is half of the 95 % "
         "interval over seeds and test images; the rank is the range of places that the significant differences "
         f"leave open; Pareto-optimal means that no other row is as good in {page.compared(front)} and better in one, "
-        "by the estimates alone. A setting with more learning rates tried had more chances; where the largest was the "
-        "best, a larger one may be better:",
+        "by the estimates alone. The best layer of a probe is chosen on the test images. A setting with more learning "
+        "rates tried had more chances; where the best lies at the edge of the grid, one beyond may be better. Memory "
+        "and decoding are of the latest run that measured them:",
         "",
         *_table(front),
         "",
-        f"![Nats per token of {len(front)} settings against what they cost]({here}/report/figures/cost.png)",
-        "",
+        *_trade(results, here, runs),
         *_growth(results, here),
         *_beside(published.replicas(runs)),
         *_completions(results, here, runs),
-        f"What of it has been run so far, {_on_gpus(records)}:",
+        f"What of it has been run so far, {_on_gpus(records)}. A run that several suites share counts in each:",
         "",
         *_standing(results, suite),
+    ])  # fmt: skip
+
+
+def _origin(records: list[dict[str, Any]], results: Path, suite: str, here: Path) -> Iterator[str]:
+    """What was run, by which commands, and how far it reaches."""
+    from attnbench import frame
+
+    told = [frame.part(done, "environment") for done in records]
+    commits = len({one.get("commit") for one in told})
+    others = [
+        f"{count} file{'s' * (count > 1)} of `attnbench.{command}`"
+        for command, files in BESIDE.items()
+        if (count := len(list(results.glob(files))))
     ]
-    return "\n".join(lines)
+    yield (
+        f"Of {len(records)} runs at {commits} commit{'s' * (commits != 1)}, in [{here}]({here}/report/report.md). "
+        f"`python -m attnbench.sweep {suite} --out {here}` makes them again, and goes on where they end"
+        + (f"; beside them {', '.join(others)}." if others else ".")
+    )
+    yield ""
+    largest = max(frame.number(frame.part(done, "metrics").get("parameters")) or 0 for done in records)
+    shapes = [frame.part(done, "data") for done in records]
+    longest = max(int(shape.get("height") or 0) * int(shape.get("width") or 0) for shape in shapes)
+    cores = {f"{one.get('gpu') or one.get('cpu') or 'unknown'}": one.get("cores") for one in told}
+    machines = [f"{name}, {count} cores" for name, count in sorted(cores.items())]
+    precisions = {str(frame.lookup(done, "train.precision")) for done in records}
+    yield (
+        f"It reaches to models of {largest:,.0f} parameters and images of {longest:,} pixels, in "
+        f"{' and '.join(sorted(precisions))} on {' and '.join(machines)}; of models as large as the published "
+        "ones it says nothing."
+    )
+    yield ""
 
 
-def _verdict(card: dict[str, Any]) -> str:
+def _verdict(card: dict[str, Any], late: Mapping[tuple[str, str], Any]) -> str:
     """A claim, its verdict and its numbers in a sentence."""
     first, *others = card["statements"]
     wrong = [s["correction"] for s in others if s["correction"]]
@@ -75,14 +113,54 @@ def _verdict(card: dict[str, Any]) -> str:
         if s["claim"] != first["claim"] and not s["correction"] and s["bar"] and s["verdict"] != first["verdict"]
     ]  # fmt: skip
     unlike.sort(key=lambda s: s["metric"] != first["metric"])  # what says otherwise of the same figure comes first
-    parts = [f"{first['says']}: {_effect(first)}."]
-    parts += [f"A further statement is {s['verdict']}: “{s['says']}”: {_effect(s)}." for s in unlike[:1]]
+    parts = [f"{first['says']}: {_effect(first, late)}."]
+    parts += [f"A further statement is {s['verdict']}: “{s['says']}”: {_effect(s, late)}." for s in unlike[:1]]
     parts += [f"Misstated in part: “{c['quote']}”. {c['truth']}" for c in wrong[:1]]
     return f"- **{card['claim']}, “{card['title']}”: {card['verdict']}.** {' '.join(parts)}"
 
 
-def _effect(statement: dict[str, Any]) -> str:
-    return statement["effect"] + (f"; {statement['why']}" if statement["why"] and statement["bar"] else "")
+def _effect(statement: dict[str, Any], late: Mapping[tuple[str, str], Any]) -> str:
+    told = [statement["effect"]]
+    if statement["why"] and statement["bar"]:
+        told.append(statement["why"])
+    if behind := late.get((statement["suite"], statement["claim"])):
+        told.append(f"the rule is younger than {behind.older} of its {behind.used} runs")
+    return "; ".join(told)
+
+
+def _by_side(runs: Any) -> Iterator[str]:
+    """Likelihood against the side of the image, of the settings that were trained at most of them, all else equal."""
+    from attnbench import frame, page, tables
+
+    known = tables.at_several_sides(tables.trained(runs).dropna(subset=["nats_per_token"]))
+    if known.empty:
+        return
+    points = known.assign(point=[f"{row.setting} {row.tokens}" for row in frame.rows(known)])
+    known = known[known["line"] == points.groupby("line")["point"].nunique().idxmax()]
+    sides = list(dict.fromkeys(known.sort_values("tokens")["side"]))
+    own = {(str(rows["side"].iloc[0]), setting): rows for _, setting, rows in tables.groups(known)}
+    base = tables.baseline()
+
+    def cell(side: str, setting: str) -> str:
+        rows, beside = own.get((side, setting)), own.get((side, base))
+        if rows is None:
+            return "not run"
+        told = [f"{rows['nats_per_token'].mean():.3f}", f"n = {len(rows)}"]
+        if setting != base and beside is not None:
+            told.insert(1, tables.gain(tables.by_seed(rows), tables.by_seed(beside)))
+        return page.minus(", ".join(told))
+
+    yield (
+        f"At which length: nats per token and, paired by seed and test image, what is won or lost against {base}, with "
+        f"nothing else changed ({frame.context(known['record'].iloc[0], ('side',))}; one rate for all; ± half of the "
+        "95 % interval):"
+    )
+    yield ""
+    yield "| setting | " + " | ".join(sides) + " |"
+    yield "|---" * (len(sides) + 1) + "|"
+    for setting in sorted({setting for _, setting in own}):
+        yield f"| {setting} | " + " | ".join(cell(side, setting) for side in sides) + " |"
+    yield ""
 
 
 COLUMNS = ("setting", "rank", "seeds", "lr", "rates_tried", "largest_rate", "nats_per_token", "probe_accuracy_best",
@@ -108,8 +186,8 @@ def _beside(replicas: Any) -> Iterator[str]:
     """Runs beside published models that they share everything but the attention and the budget with."""
     if not replicas.empty:
         yield (
-            "With the data, tokens, shape and batch of a published model, by validation loss; ± is the sampling of its "
-            "images alone, not of seeds. Optimiser, rate and steps are ours: rows that have these three and the "
+            "With the data, tokens, shape and batch of a published model, longest training first; ± is the sampling "
+            "of images alone, not of seeds. Optimiser, rate and steps are ours: rows that have these three and the "
             "parameters in common differ in nothing but the attention, and no others:"
         )
         yield ""
@@ -149,6 +227,17 @@ def _growth(results: Path, here: Path) -> Iterator[str]:
     yield ""
 
 
+def _trade(results: Path, here: Path, runs: Any) -> Iterator[str]:
+    """The figure of likelihood against cost, with what it shows in words."""
+    from attnbench import figures
+
+    for picture in figures.pictures(runs, results, only={"cost"}):
+        yield f"![{picture.title}]({here}/report/figures/{picture.key}.png)"
+        yield ""
+        yield picture.caption
+        yield ""
+
+
 def _completions(results: Path, here: Path, runs: Any) -> Iterator[str]:
     """The completions of the setting of the least loss that left any."""
     from attnbench import tables
@@ -168,36 +257,58 @@ def _on_gpus(records: Iterable[dict[str, Any]]) -> str:
     from attnbench import frame
 
     count = sum(bool(frame.part(done, "environment").get("gpu")) for done in records)
-    return f"{count} of the runs on a GPU" if count else "none of it on a GPU"
+    return f"{count} of the runs on a GPU" if count else "none of it on a GPU or in bfloat16"
 
 
 def _standing(results: Path, name: str) -> Iterator[str]:
-    """How far each suite that it includes, or leaves out, has come; a cell that several share counts for the first."""
-    from attnbench import budget, experiment, record, schedule, suite
+    """How far each suite has come, and which of its cells are not run; the cost suites too."""
+    from attnbench import budget, cost, experiment, record, schedule, suite
     from models import VARIANTS
 
     known = {variant.name: variant.family for variant in VARIANTS.values()}
-    whole = suite.load(name)
-    others = [one for one in suite.packaged() if one.name not in (name, *whole.includes)]
-    done, failed, ready = Counter[str](), Counter[str](), Counter[str]()
-    waiting = 0
-    for one in (whole, *others):
+    included = suite.load(name).includes or (name,)
+    yield "| suite | runs done | failed | not run | which, by block |"
+    yield "|---|---:|---:|---:|---|"
+    for one in sorted(suite.packaged(), key=lambda one: one.name not in included):
+        if one.includes:
+            continue
         cells = suite.cells(one, known, RunConfig(out=results, device="cpu"))
         resolved = [cell.model_copy(update={"config": experiment.resolve(cell.config)}) for cell in cells]
         now = schedule.schedule(
             one, resolved, lambda run: record.find(results, run), lambda run, limit: budget.fit(run, limit, results)
         )
-        waiting += now.waiting
-        for count, found in ((done, now.done), (failed, now.failed), (ready, now.ready)):
-            count.update(cell.block.partition("/")[0] if one is whole else one.name for cell in found)
-    yield "| suite | runs done | failed | not run |"
-    yield "|---|---:|---:|---:|"
-    for title, key in [(key, key) for key in whole.includes] + [
-        (f"{one.name}, not in {name}", one.name) for one in others
-    ]:
-        yield f"| {title} | {done[key]} | {failed[key]} | {ready[key]} |"
-    if waiting:
-        yield f"| of all, waiting for learning rates to be tuned or a speed to be measured | | | {waiting} |"
+        title = one.name if one.name in included else f"{one.name}, not in {name}"
+        waiting = f"; {now.waiting} wait for a rate or a speed" if now.waiting else ""
+        yield f"| {title} | {len(now.done)} | {len(now.failed)} | {len(now.ready)} | {_named(now.ready)}{waiting} |"
+    for path in sorted(cost.FOLDER.glob("*.yaml")):
+        ids = [cell.id for cell in cost.cells(cost.CostConfig(suite=path.stem))]
+        ok = sum(record.find(results, id, "ok", room=cost.ROOM) is not None for id in ids)
+        yield f"| `attnbench.cost --suite {path.stem}` | {ok} | 0 | {len(ids) - ok} | |"
+
+
+def _named(cells: Iterable[Any]) -> str:
+    """Blocks, their variants, and how many cells of each."""
+    blocks: dict[str, Counter[str]] = {}
+    for cell in cells:
+        blocks.setdefault(cell.block, Counter())[cell.config.variant] += 1
+    return "; ".join(
+        f"{block}: {', '.join(f'{variant} {count}' for variant, count in sorted(counts.items()))}"
+        for block, counts in blocks.items()
+    )
+
+
+def run_table(results: Path, variant: str) -> str:
+    """The table that a run of the variant at its defaults prints, from its record. Raises Refusal without it."""
+    from attnbench import experiment, record, terminal
+
+    config = experiment.resolve(RunConfig(variant=variant, out=results, device="cpu"))
+    done = record.find(results, record.identify(config), "ok")
+    if done is None:
+        raise Refusal(
+            f"python -m attnbench.run --variant {variant} --out {results} makes the run that the README shows"
+        )
+    rows = [f"| {' | '.join(row)} |\n" for row in terminal.rows(done)]
+    return "".join(["\n| figure | value | unit |\n|---|---:|---|\n", *rows, "\n"])
 
 
 def fill(readme: str, story: str) -> str:
@@ -209,11 +320,17 @@ def fill(readme: str, story: str) -> str:
     return f"{before}{begin}\n{story}\n{end}{after}"
 
 
+def told(readme: str, results: Path, suite: str, root: Path) -> str:
+    """The README with what the results say: the story, and a run's table wherever it has marks for one."""
+    filled = fill(readme, text(results, suite, root))
+    return RUN.sub(lambda marks: marks[1] + run_table(results, marks[2]) + marks[3], filled)
+
+
 def main(argv: Iterable[str] | None = None) -> int:
     config = cli.parse(StoryConfig, None if argv is None else list(argv), prog="attnbench.story")
-    root = config.readme.resolve().parent
-    story = text(config.results.resolve(), config.suite, root)
-    print(storage.write_text(config.readme, fill(config.readme.read_text(encoding="utf-8"), story)))
+    readme = config.readme.read_text(encoding="utf-8")
+    whole = told(readme, config.results.resolve(), config.suite, config.readme.resolve().parent)
+    print(storage.write_text(config.readme, whole))
     return 0
 
 

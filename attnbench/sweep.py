@@ -127,7 +127,7 @@ def declare(whole: Suite, out: Path) -> Path:
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
     path = out / "suites" / f"{Path(whole.name).name}-{digest}.json"
     told = {"declared": datetime.now(UTC).isoformat(timespec="seconds"), "suite": content}
-    storage.create_exclusive(path, (json.dumps(told, indent=1) + "\n").encode())
+    storage.create_exclusive(path, (json.dumps(told, separators=(",", ":")) + "\n").encode())
     return path
 
 

@@ -181,16 +181,22 @@ def _gains(table: pd.DataFrame, own: dict[str, dict[int, np.ndarray]]) -> list[s
         if row["setting"] == reference["setting"]:
             words.append("the baseline")
             continue
-        values = stats.paired(own[row["setting"]], own[reference["setting"]])
-        found = stats.interval(values, resamples=500) if values.size else None
-        told = [f"{found.estimate:+.3f} nats"] if found else ["no seed in common"]
-        if found and found.high is not None:
-            told[0] = f"{found.estimate:+.3f} ± {found.high - found.estimate:.3f} nats"
+        told = [gain(own[row["setting"]], own[reference["setting"]])]
         for name, label in (("train_peak_bytes", "memory"), ("train_flops_per_image", "FLOPs")):
             if row[name] > 0 and reference[name] > 0:
                 told.append(f"{row[name] / reference[name]:.2f}× {label}")
         words.append(", ".join(told))
     return words
+
+
+def gain(own: dict[int, np.ndarray], other: dict[int, np.ndarray]) -> str:
+    """Nats per token less the other's, both as of `by_seed`, paired by seed and test image, in words."""
+    values = stats.paired(own, other)
+    if not values.size:
+        return "no seed in common"
+    found = stats.interval(values, resamples=500)
+    reach = f" ± {found.high - found.estimate:.3f}" if found.high is not None else ""
+    return f"{found.estimate:+.3f}{reach} nats"
 
 
 def ladder(runs: pd.DataFrame) -> pd.DataFrame:

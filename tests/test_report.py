@@ -171,6 +171,25 @@ def test_the_markdown_report_shows_the_first_rows_of_a_long_table_and_says_where
     assert "3 further rows are in [summary.md](summary.md)." in told
 
 
+def test_a_figures_caption_is_read_under_it(study: Path) -> None:
+    """What is drawn, on what, what the band is; in Markdown too, which shows no alternative text."""
+    markdown, page = ((study / "report" / name).read_text(encoding="utf-8") for name in ("report.md", "index.html"))
+    under = dict(re.findall(r"\(figures/(\w+)\.svg\)\n\n\*[^*\n]+\.\* (.+)\n", markdown))
+    assert set(under) == {path.stem for path in (study / "report" / "figures").glob("*.svg")}
+    assert (
+        "digits 8×8, 4 layers of 32" in under["depth"] and "the bar: from the least to the greatest" in under["depth"]
+    )
+    assert under["depth"] in page and page.count("dense1d is best at layer") == 1
+
+
+def test_a_table_that_nothing_had_to_fill_says_none(tmp_path: Path) -> None:
+    synthetic.write(tmp_path, [synthetic.one("dense1d")])
+    folder = made(tmp_path)
+    assert "## Runs that did not end well\n\nNone.\n" in (folder / "report.md").read_text(encoding="utf-8")
+    text = page_of(folder).text
+    assert "Runs that did not end well None." in text and "Not run. It needs runs with --position." in text
+
+
 def test_front_table_marks_the_pareto_optimal_and_ranks_what_separates(study: Path) -> None:
     with (study / "report" / "front.csv").open(encoding="utf-8", newline="") as file:
         rows = {row["setting"]: row for row in csv.DictReader(file)}
@@ -207,10 +226,12 @@ def test_runs_at_a_published_shape_are_ranked_with_its_figure() -> None:
     records = [one("dense1d", 0.80), one("local2d", 0.65), one("axial", 0.60, batch=32)]
     records += [one("linear", 0.60, data={"tokens": "palette", "colours": 8})]
     table = published.replicas(frame.frame(records))
-    assert [name.partition(":")[0] for name in table["setting"]] == ["local2d", "published", "dense1d"]
-    assert table["share_of_steps"].tolist() == pytest.approx([2400 / 24476, 1, 2400 / 24476])
-    assert table["validation"][1] == 0.7103
-    assert table["against_published"][0] == pytest.approx(table["validation"][0] - 0.7103)
+    assert [name.partition(":")[0] for name in table["setting"]] == ["published", "local2d", "dense1d"]
+    assert table["share_of_steps"].tolist() == pytest.approx([1, 2400 / 24476, 2400 / 24476])
+    assert table["validation"][0] == 0.7103
+    assert table["against_published"][1] == pytest.approx(table["validation"][1] - 0.7103)
+    assert table["differs"].tolist()[1:] == ["yes", "yes"]
+    assert published.replicas(frame.frame([one("dense1d", 0.711)]))["differs"].tolist()[1:] == ["no"]
     assert published.replicas(frame.frame(records[2:])).empty
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from attnbench import record, report, story
+import models
+from attnbench import budget, experiment, record, report, story, suite, sweep
+from attnbench.config import RunConfig
 from attnbench.errors import Refusal
 from tests import synthetic_records as synthetic
 
@@ -20,7 +23,8 @@ REFERENCE = ROOT / "results" / "reference"
 def test_the_readme_says_what_the_reference_records_say() -> None:
     """After new records: python -m attnbench.report results/reference && python -m attnbench.story."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert story.fill(readme, story.text(REFERENCE, "reference", ROOT)) == readme
+    assert story.RUN.search(readme)
+    assert story.told(readme, REFERENCE, "reference", ROOT) == readme
 
 
 def test_every_reference_record_is_sound_and_its_report_counts_them_all() -> None:
@@ -30,6 +34,19 @@ def test_every_reference_record_is_sound_and_its_report_counts_them_all() -> Non
     assert first.startswith(f"# attnbench: {len(records)} runs of `python -m attnbench.sweep ")
     assert first.endswith(" --out results/reference`")
     assert not [r["id"] for r in records if r["environment"]["dirty"]], "made by code that no commit holds"
+
+
+def test_every_reference_run_is_a_cell_of_the_suite_that_makes_them_again() -> None:
+    known = {variant.name: variant.family for variant in models.VARIANTS.values()}
+    cells = suite.cells(suite.load("reference"), known, RunConfig(out=REFERENCE, device="cpu"))
+    assert len(cells) > 1400
+    wanted = [experiment.resolve(cell.config) for cell in cells]
+    fitted = [
+        budget.fit(config, cell.budget, REFERENCE) if cell.budget else config
+        for config, cell in zip(wanted, cells, strict=True)
+    ]
+    ids = {record.identify(config) for config in fitted if isinstance(config, RunConfig)}
+    assert {path.stem for path in (REFERENCE / "runs").glob("*.json")} - ids == set()
 
 
 def test_no_rule_compares_reference_runs_that_differ_in_more_than_it_names() -> None:
@@ -77,6 +94,30 @@ def test_a_readme_without_marks_and_results_without_runs_are_refused(tmp_path: P
     with pytest.raises(Refusal, match="no finished run"):
         story.text(tmp_path, "quick", tmp_path)
     assert report.write(tmp_path, tmp_path / "report").exists()
+
+
+def test_likelihood_by_side_is_paired_and_says_what_was_not_run(tmp_path: Path) -> None:
+    """local2d is planted 0.06 below dense1d; linear was run at one side only, and dense2d at another once."""
+    runs = [
+        synthetic.one(name, seed, side=side) for name in ("dense1d", "local2d") for seed in range(3) for side in (8, 16)
+    ]
+    runs += [synthetic.one("linear", seed) for seed in range(3)]
+    runs += [synthetic.one("dense2d", side=side) for side in (16, 32)]
+    synthetic.write(tmp_path / "results", runs)
+    told = story.text(tmp_path / "results", "quick", tmp_path)
+    _, table = told.split("At which length")
+    rows = {line.split(" | ")[0].strip("| "): line for line in table.split("\n\n")[1].splitlines()}
+    assert rows["setting"] == "| setting | 8×8 | 16×16 | 32×32 |"
+    assert len(re.findall(r"−0\.0[56]\d ± 0\.0\d\d nats, n = 3", rows["local2d"])) == 2
+    assert rows["dense1d"].count("n = 3") == 2 and "nats" not in rows["dense1d"]
+    assert rows["dense2d"].startswith("| dense2d | not run | ") and "linear" not in rows
+
+
+def test_a_rule_that_came_after_its_runs_is_called_younger(results: Path) -> None:
+    assert "younger" not in story.text(results, "quick", results.parent)
+    sweep.declare(suite.load("quick"), results)
+    told = story.text(results, "quick", results.parent)
+    assert re.search(r"\*\*C4, .*; the rule is younger than (\d+) of its \1 runs", told)
 
 
 def test_growth_is_told_of_the_machine_and_threads_that_most_was_measured_with(results: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from attnbench import frame, page, record, suite, tables, verdicts
+from attnbench import afterwards, figures, frame, page, record, suite, tables, verdicts
 from tests import synthetic_records as synthetic
 
 REFERENCE = Path(__file__).resolve().parent.parent / "results" / "reference"
@@ -166,3 +168,61 @@ def test_both_sides_of_a_comparison_were_tuned_alike() -> None:
             tried = {(rates[cells[a.id]], rates[cells[b.id]]) for a, b in couples}
             unlike += [(rule.claim, pair.text(), found) for found in tried if found[0] != found[1]]
     assert unlike == []
+
+
+def test_what_was_done_with_trained_weights_is_told_with_what_they_are(tmp_path: Path) -> None:
+    """By the run's record; weights that are nobody's run here keep their name, and two alike in words their ids."""
+    runs = [synthetic.one("dense1d", seed, settings={"position": "rope2d"}) for seed in (0, 1)]
+    sources = [*(done["id"] for done in runs), "others' weights"]
+    for number, source in enumerate(sources):
+        cut = {"source": source, "finetune": 0, "cost_nats_per_token": 0.5, "cost_low": 0.4, "cost_high": 0.6}
+        about = {"id": f"cut-{number}", "status": "ok", "variant": "local2d", "data": {}, "metrics": {}}
+        record.write(tmp_path / "surgery", about | {"surgery": cut | {"value": 1}})
+        record.write(tmp_path / "transfer", about | {"transfer": {"source": source}})
+    assert set(afterwards.surgery(tmp_path)["weights"]) == set(sources)
+    synthetic.write(tmp_path, runs)
+    words = "dense1d + rope2d, digits 8×8, 250 steps"
+    cuts = afterwards.surgery(tmp_path).set_index("weights_of")
+    assert cuts.loc[sources, "weights"].tolist() == [words, words, sources[-1]]
+    assert cuts.loc[sources[0], "context"] == frame.context(runs[0])
+    moved = afterwards.transfer(tmp_path).set_index("weights_of")
+    assert moved.loc[sources, "setting"].tolist() == ["dense1d + rope2d", "dense1d + rope2d", "local2d"]
+    (drawn,) = figures.pictures(framed(*runs), tmp_path, {"surgery"})
+    assert all(f"{words} ({id}), under local2d" in drawn.svg for id in sources[:2])
+
+
+def test_one_step_is_one_step() -> None:
+    told = [frame.context(synthetic.one("dense1d", steps=steps)) for steps in (1, 2)]
+    assert "layers of 32, 1 step of 32" in told[0] and "layers of 32, 2 steps of 32" in told[1]
+
+
+def test_numbers_of_neighbours_on_a_front_stand_apart() -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    canvas, axes = pyplot.subplots(figsize=(5.4, 3.8))
+    front = np.array([[1.0, 2.0], [1.001, 1.999], [1.002, 1.998], [3.0, 1.0]])
+    axes.plot(*front.T, "o")
+    figures._number(axes, front, ["a", "b", "c", "d"])
+    told = [axes.transData.transform(t.xy) * 72 / canvas.dpi + t.get_position() for t in axes.texts]
+    pyplot.close(canvas)
+    assert [t.get_text() for t in axes.texts] == ["1", "2", "3", "4"]
+    assert min(math.dist(a, b) for a, b in itertools.combinations(told, 2)) > 9
+
+
+def test_as_many_looks_as_settings_all_of_them_unlike() -> None:
+    looks = figures._looks(50)
+    assert len(set(looks)) == len(looks) == 50
+    assert len({colour for colour, _ in looks[: figures.MOST_DOTS]}) == figures.MOST_DOTS
+
+
+def test_a_figure_takes_any_name_and_says_which_lines_lie_on_one_another(tmp_path: Path) -> None:
+    def one(variant: str, side: int, seed: int, bytes: float) -> dict[str, Any]:
+        done = synthetic.one(variant, seed, side=side, cost=True)
+        done["metrics"]["train_peak_bytes"] = bytes * side**2
+        return done
+
+    cases = (("dense1d", 1e4), ("$x_{$", 1.01e4), ("local2d", 2e4))
+    records = [one(name, side, seed, size) for name, size in cases for side in (8, 16) for seed in range(2)]
+    drawn = {picture.key: picture for picture in figures.pictures(framed(*records), tmp_path)}
+    assert "the bar: from the least to the greatest of its seeds." in drawn["memory"].caption
+    assert drawn["memory"].caption.endswith("Within 5 % of one another everywhere: dense1d, $x_{$.")
+    assert "At the largest side: dense1d" in drawn["memory"].alt and "$x_{$" in drawn["cost"].svg
