@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnbench import measure, train, variants
 from attnbench.clock import Stopwatch
@@ -121,7 +121,10 @@ def _timing(values: list[float]) -> dict[str, Any]:
 
 
 def peak_cell(told: dict[str, Any]) -> dict[str, Any]:
-    """Peak bytes of `request`: of a training step, or of the attention's passes, inputs and gradients included."""
+    """Peak bytes of `request`: of a training step, or of the attention's passes, inputs and gradients included.
+
+    Where layers differ, of the one that takes most: they run one after another.
+    """
     request = Request.parse(told["request"])
     limit_memory(told.get("memory"), request.config.device)
     if told["scope"] == "step":
@@ -220,13 +223,20 @@ def _shares(config: RunConfig, first: Layer, like: Tensor) -> dict[Mixer, float]
     shares: Counter[Mixer] = Counter()
     for index in range(depth):
         mixer = cls(replace(first, index=index, depth=depth), **config.model.options).to(like.device, like.dtype)
-        # Alike are those of one class whose settings are equal; what is drawn or learned costs the same.
-        plain = {name: value for name, value in vars(mixer).items() if isinstance(value, bool | int | float | str)}
-        shares[kinds.setdefault((type(mixer), *sorted(plain.items())), mixer)] += 1
+        shares[kinds.setdefault(tuple(map(_kind, mixer.modules())), mixer)] += 1
     return {mixer: count / depth for mixer, count in shares.items()}
 
 
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """What those have in common that cost the same: class and settings; what is drawn or learned may differ."""
+    plain = bool, int, float, str, tuple, type(None)
+    return type(module), *sorted(
+        (name, repr(value)) for name, value in vars(module).items() if isinstance(value, plain)
+    )
+
+
 def _there_and_back(shared: dict[Mixer, float], given: Inputs) -> None:
+    assert shared, "a model of its own has no attention to measure alone"
     for mixer in shared:
         out = mixer(given.q, given.k, given.v, **given.extras)
         torch.autograd.grad(out, given.leaves(), torch.ones_like(out), allow_unused=True)
@@ -235,6 +245,7 @@ def _there_and_back(shared: dict[Mixer, float], given: Inputs) -> None:
 
 def _attention(request: Request, decoding: bool, graphs: bool) -> Subject:
     shared, given = attentions(request)
+    assert shared, "a model of its own has no attention to measure alone"
     each = {mixer: _phases(mixer, given, request, decoding, graphs) for mixer in shared}
 
     def mean(phase: str) -> float:

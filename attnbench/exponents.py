@@ -29,8 +29,8 @@ class Crossover:
     """The side from which on a cost is below the baseline's: `side`, and the range that the quartiles leave open.
 
     side is None where it is not within the measured sides: `always` below, `alike` at all of them, or never; it is
-    interpolated. `low` and `high` are measured sides, for nobody knows what lies between two; None beyond the measured.
-    `ranged`: whether there is a range at all.
+    interpolated. `low` and `high` are measured sides, for nobody knows what lies between two: `high` is None beyond the
+    measured, both where there is no range (`ranged`).
     """
 
     side: float | None
@@ -99,7 +99,8 @@ def last_exponent(tokens: Sequence[float], costs: Sequence[float]) -> float | No
 def crossover(ratios: Sequence[Ratio]) -> Crossover:
     """Where the ratio falls below 1 for good, between measured sides along a line in (log side, log ratio).
 
-    Where no ratio tells, the costs are alike: which median is below 1 is then chance.
+    What does not tell is chance. Where no ratio tells, the costs are alike; a crossing needs one after it that does;
+    and where the first ratios do not, though below 1, the crossing is put at the first side that does.
 
     The range is from the last measured side before the lower quartile's line crosses to the first one after the upper
     quartile's does; there is none where a ratio has no quartiles.
@@ -107,11 +108,14 @@ def crossover(ratios: Sequence[Ratio]) -> Crossover:
     points = sorted(ratios, key=lambda ratio: ratio.side)
     if points and not any(point.tells for point in points):
         return Crossover(None, None, None, alike=True)
-    if points and all(point.median < 1 for point in points):
-        return Crossover(None, None, None, always=True)
-    side = _falls_below([(p.side, p.median) for p in points])
-    if side is None:
+    last = max((i for i, point in enumerate(points) if point.median >= 1), default=-1)
+    first = next((i for i, point in enumerate(points) if i > last and point.tells), None)
+    if first is None:
         return Crossover(None, None, None)
+    if last < 0:
+        below = points[first].side
+        return Crossover(below, points[first - 1].side, below) if first else Crossover(None, None, None, always=True)
+    side = _falls_below([(p.side, p.median) for p in points])
     lows = [(p.side, p.low) for p in points if p.low is not None]
     highs = [(p.side, p.high) for p in points if p.high is not None]
     if min(len(lows), len(highs)) < len(points):

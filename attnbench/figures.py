@@ -24,15 +24,15 @@ from attnbench.pictures import raster
 
 INK = "#010203"  # stands for the colour of the page's text until the SVG is written
 MOST_LINES = 7
-"""At most so many settings as lines of one figure, the best by likelihood: more are not told apart."""
+"""At most so many settings as lines of one figure: more are not told apart."""
 MOST_DOTS = 9
 """At most so many settings as dots of a colour each."""
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "<")
-SEEDS = "from the least to the greatest of its seeds"
+SEEDS = "from the least to the greatest of all seeds"
 
 
 class Told(NamedTuple):
-    """A figure in words: what is drawn, on what, what a bar or band is; and the points, for who does not see it."""
+    """A figure in words: what is drawn, on what, what a bar or band is; and the points, for those who do not see it."""
 
     caption: str
     points: str
@@ -161,9 +161,9 @@ def _in_leading_context(runs: pd.DataFrame) -> pd.DataFrame:
     return known[(known["context"] == tables.leading_context(runs)) & known["nats_per_token"].notna()]
 
 
-def _of(shown: int, all: int) -> str:
+def _of(shown: int, known: int, which: str = "best") -> str:
     """How many settings are drawn, where not all are."""
-    return f"the {shown} best of {all} settings" if shown < all else "every setting"
+    return f"the {shown} {which} of {known} settings" if shown < known else "every setting"
 
 
 def _lines(axes: Any, table: pd.DataFrame, x: str, y: str, apart: float = 0) -> None:
@@ -219,7 +219,7 @@ def likelihood_against_cost(axes: Any, runs: pd.DataFrame) -> Told | None:
     _legend(axes)
     points = "; ".join(f"{name} {row['nats']:.3f} nats at {row['cost']:.4g}" for name, row in means.iterrows())
     absent = [str(name) for name in table["setting"] if name not in means.index]
-    fewer = f" Of {len(absent)} more it was not measured." if absent else ""
+    fewer = f" {len(absent)} more settings have no such figure." if absent else ""
     left_out = f" Not measured, so not here: {', '.join(absent)}." if absent else ""
     caption = (
         f"Nats per token against {label.partition(' (')[0]}, a point a setting, on {tables.leading_context(runs)}; the "
@@ -242,6 +242,7 @@ def _ticks(axis: Any, values: pd.Series) -> None:
 
 def _number(axes: Any, front: np.ndarray, names: list[str]) -> None:
     """Numbers the points of a front (count, 2): below and left of them, where no point can lie, and none on another."""
+    axes.autoscale_view()  # else the limits, and so the places, are not yet those that will be drawn
     places = axes.transData.transform(front) * 72 / axes.figure.dpi
     taken = list(places)
     for number, (point, place, name) in enumerate(zip(front, places, names, strict=True), 1):
@@ -301,7 +302,7 @@ def _growth(column: str, scale: float, label: str) -> Callable[[Any, pd.DataFram
         shared = known.groupby("line").agg(sides=("tokens", "nunique"), settings=("setting", "nunique"))
         known = known[known["line"] == shared.apply(tuple, axis=1).idxmax()]
         most = frame.context(known["record"].iloc[0], ("side", "model.backend"))
-        kept = list(dict.fromkeys(known["setting"]))[:MOST_LINES]
+        kept, settings = list(dict.fromkeys(known["setting"]))[:MOST_LINES], known["setting"].nunique()
         known = known[known["setting"].isin(kept)].assign(value=known[column] * scale)
         _lines(axes, known, "tokens", "value")
         axes.set(xlabel="tokens", ylabel=label, xscale="log", yscale="log")
@@ -309,24 +310,28 @@ def _growth(column: str, scale: float, label: str) -> Callable[[Any, pd.DataFram
         axes.xaxis.set_minor_locator(NullLocator())
         _ticks(axes.yaxis, known["value"])
         _legend(axes)
-        caption = f"{label[:1].upper()}{label[1:]} on {most}; the bar: {SEEDS}.{_alike(known)}"
+        drawn = _of(len(kept), settings, "first")
+        caption = f"{label[:1].upper()}{label[1:]} of {drawn} on {most}; the bar: {SEEDS}.{_alike(known)}"
         return Told(caption, "At the largest side: " + _last(known, "tokens", "value"))
 
     return draw
 
 
 def _alike(known: pd.DataFrame) -> str:
-    """Which lines lie on one another: by no more than 5 % apart wherever they have a point, which is a line's width."""
+    """Which lines of the same sides lie on one another: at most 5 % apart at every one, which is a line's width."""
     means = known.groupby(["setting", "tokens"], sort=False)["value"].mean().unstack()
     together: list[list[str]] = []
     for name in means.index:
-        beside = (own for own in together if (means.loc[name] / means.loc[own[0]]).sub(1).abs().max() < 0.05)
-        own = next(beside, [])
+        own = next((own for own in together if _near(means.loc[[*own, name]])), [])
         if not own:
             together.append(own)
         own.append(str(name))
     found = [", ".join(own) for own in together if len(own) > 1]
     return f" Within 5 % of one another everywhere: {'; '.join(found)}." if found else ""
+
+
+def _near(lines: pd.DataFrame) -> bool:
+    return bool(lines.isna().nunique().eq(1).all() and (lines.max() / lines.min() < 1.05)[lines.notna().all()].all())
 
 
 def by_reach(axes: Any, runs: pd.DataFrame) -> Told | None:
@@ -370,7 +375,9 @@ def by_cut(axes: Any, results: Path) -> Told | None:
     axes.set(xlabel="radius or window that is left (pixels)", ylabel="cost of the cut (nats/token)")
     axes.set_xticks(sorted(cuts["reach"].unique()))
     _legend(axes, columns=1, size=8)
-    caption = "What it costs a trained model to see no pixel farther off; the band: the 95 % interval over test images."
+    caption = (
+        "What it costs a trained model to see nothing beyond a radius; the band: the 95 % interval over test images."
+    )
     return Told(caption, f"{'; '.join(told)}.")
 
 
@@ -393,7 +400,8 @@ def loss_against_probe(axes: Any, runs: pd.DataFrame) -> Told | None:
     _legend(axes)
     rho = stats.rank_correlation(known["nats_per_token"].tolist(), known["probe_accuracy_best"].tolist())
     drawn = f"the {len(kept)} settings with most runs" if len(kept) < settings else "every setting"
-    caption = f"{len(known)} runs on {most} of {drawn}; rank correlation {rho:.2f}, all runs together."
+    minus = "−" if rho < 0 else ""
+    caption = f"{len(known)} runs on {most} of {drawn}; rank correlation {minus}{abs(rho):.2f}, all runs together."
     counts = known.groupby("setting").size()
     return Told(caption, "Runs: " + ", ".join(f"{name} {count}" for name, count in counts.items()) + ".")
 

@@ -120,7 +120,7 @@ COLUMNS: dict[str, Column] = {
     "seconds": Column("seconds of training", _count),
     "lr": Column("learning rate", "{:g}".format),
     "rates_tried": Column("rates tried", _count),
-    "largest_rate": Column("best rate at the grid's edge"),
+    "edge_rate": Column("best rate at the grid's edge"),
     "pareto": Column("Pareto-optimal"),
 }
 

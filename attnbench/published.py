@@ -30,19 +30,18 @@ def replicas(runs: pd.DataFrame) -> pd.DataFrame:
     on; `differs`: whether the published loss lies outside. `share_of_steps`: of the model's training steps. Rate and
     optimiser are ours to choose. `equal_parameters`: as many as the baseline's, up to EQUAL; a table of biases adds.
     """
-    rows = []
+    found = []
     for other in _entries():
         own = frame.select(runs, other["like"]) if "like" in other else runs.head(0)
         own = own[own["validation"].notna()]
         if own.empty:
             continue
         base = own[own["setting"] == tables.baseline()]["parameters"].median()
-        rows += [_beside(other, base, setting, tries) for _, setting, tries in tables.groups(own)]
+        rows = [_beside(other, base, setting, tries) for _, setting, tries in tables.groups(own)]
         known = {"validation": other["value"], "share_of_steps": 1.0, "lr": other["lr"]}
         rows.append(dict.fromkeys(rows[-1], None) | {"setting": f"published: {other['model']}"} | known)
-    if not rows:
-        return pd.DataFrame()
-    return pd.DataFrame(rows).sort_values(["share_of_steps", "validation"], ascending=[False, True], ignore_index=True)
+        found += sorted(rows, key=lambda row: (-row["share_of_steps"], row["validation"]))
+    return pd.DataFrame(found)
 
 
 def _beside(other: dict[str, Any], base: float, setting: str, own: pd.DataFrame) -> dict[str, Any]:
@@ -52,12 +51,12 @@ def _beside(other: dict[str, Any], base: float, setting: str, own: pd.DataFrame)
     shown = (
         frame.number(frame.lookup(first["record"], "train.validation_images")) or RunConfig().train.validation_images
     )
-    reach = (high - low) / 2 * math.sqrt(len(images) / shown)
+    reach = (high - low) / 2 * math.sqrt(len(images) / shown) if len(images) > 1 else math.nan
     optimiser = frame.lookup(first["record"], "train.optimiser") or RunConfig().train.optimiser
     return {
         "setting": setting, "validation": validation, "validation_low": validation - reach,
         "validation_high": validation + reach, "against_published": validation - other["value"],
-        "differs": "yes" if abs(validation - other["value"]) > reach else "no",
+        "differs": None if math.isnan(reach) else "yes" if abs(validation - other["value"]) > reach else "no",
         "share_of_steps": first["steps"] / other["steps"], "parameters": parameters,
         "equal_parameters": "yes" if abs(parameters - base) <= EQUAL * base else "",
         "test_nats": nats, "test_nats_low": low, "test_nats_high": high,

@@ -119,7 +119,7 @@ def late(rules: Declared, judged: list[Any], runs: Any) -> dict[tuple[str, str],
     found = {}
     for verdict in judged:
         since = rules.since.get((verdict.suite, verdict.claim))
-        if since is not None and (older := sum(made[id] < since for id in verdict.ids)):
+        if since is not None and (older := sum("" < made[id] < since for id in verdict.ids)):
             found[verdict.suite, verdict.claim] = Late(since, older, len(verdict.ids))
     return found
 

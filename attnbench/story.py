@@ -67,7 +67,7 @@ def text(results: Path, suite: str, root: Path) -> str:
         *_growth(results, here),
         *_beside(published.replicas(runs)),
         *_completions(results, here, runs),
-        f"What of it has been run so far, {_on_gpus(records)}. A run that several suites share counts in each:",
+        f"This is how far each suite has come, {_on_gpus(records)}. A run that several share counts in each:",
         "",
         *_standing(results, suite),
     ])  # fmt: skip
@@ -85,21 +85,23 @@ def _origin(records: list[dict[str, Any]], results: Path, suite: str, here: Path
         if (count := len(list(results.glob(files))))
     ]
     yield (
-        f"Of {len(records)} runs at {commits} commit{'s' * (commits != 1)}, in [{here}]({here}/report/report.md). "
-        f"`python -m attnbench.sweep {suite} --out {here}` makes them again, and goes on where they end"
-        + (f"; beside them {', '.join(others)}." if others else ".")
+        f"These are {len(records):,} runs of {commits} commit{'s' * (commits != 1)} in "
+        f"[{here}]({here}/report/report.md); "
+        f"`python -m attnbench.sweep {suite} --out {here}` makes them again, and goes on where they end."
+        + (f" Beside them lie {', '.join(others)}." if others else "")
     )
     yield ""
     largest = max(frame.number(frame.part(done, "metrics").get("parameters")) or 0 for done in records)
     shapes = [frame.part(done, "data") for done in records]
     longest = max(int(shape.get("height") or 0) * int(shape.get("width") or 0) for shape in shapes)
-    cores = {f"{one.get('gpu') or one.get('cpu') or 'unknown'}": one.get("cores") for one in told}
-    machines = [f"{name}, {count} cores" for name, count in sorted(cores.items())]
+    machines = sorted({str(one.get("gpu") or one.get("cpu") or "a processor unknown") for one in told})
+    cores = sorted({int(one["cores"]) for one in told if one.get("cores")})
     precisions = {str(frame.lookup(done, "train.precision")) for done in records}
     yield (
-        f"It reaches to models of {largest:,.0f} parameters and images of {longest:,} pixels, in "
-        f"{' and '.join(sorted(precisions))} on {' and '.join(machines)}; of models as large as the published "
-        "ones it says nothing."
+        f"They reach to models of {largest:,.0f} parameters and images of {longest:,} pixels, in "
+        f"{' and '.join(sorted(precisions))} on {' and '.join(machines)}"
+        + (f" with {' or '.join(map(str, cores))} core{'s' * (cores != [1])}" if cores else "")
+        + "; of models as large as the paper's, of 76 million parameters and more, they say nothing."
     )
     yield ""
 
@@ -150,10 +152,12 @@ def _by_side(runs: Any) -> Iterator[str]:
             told.insert(1, tables.gain(tables.by_seed(rows), tables.by_seed(beside)))
         return page.minus(", ".join(told))
 
+    rates = known["lr"].unique()
+    rate = f"all at the rate {rates[0]:g}" if len(rates) == 1 else "each at its own rate"
     yield (
-        f"At which length: nats per token and, paired by seed and test image, what is won or lost against {base}, with "
-        f"nothing else changed ({frame.context(known['record'].iloc[0], ('side',))}; one rate for all; ± half of the "
-        "95 % interval):"
+        "What wins at which length: nats per token and, paired by seed and test image, the difference from "
+        f"{base}, less being better, ± half of the 95 % interval. All have the same data, steps and depth, "
+        f"{rate} ({frame.context(known['record'].iloc[0], ('side',))}):"
     )
     yield ""
     yield "| setting | " + " | ".join(sides) + " |"
@@ -163,7 +167,7 @@ def _by_side(runs: Any) -> Iterator[str]:
     yield ""
 
 
-COLUMNS = ("setting", "rank", "seeds", "lr", "rates_tried", "largest_rate", "nats_per_token", "probe_accuracy_best",
+COLUMNS = ("setting", "rank", "seeds", "lr", "rates_tried", "edge_rate", "nats_per_token", "probe_accuracy_best",
            "train_flops_per_image", "train_peak_bytes", "state_bytes_per_image", "pareto")  # fmt: skip
 
 
@@ -257,7 +261,7 @@ def _on_gpus(records: Iterable[dict[str, Any]]) -> str:
     from attnbench import frame
 
     count = sum(bool(frame.part(done, "environment").get("gpu")) for done in records)
-    return f"{count} of the runs on a GPU" if count else "none of it on a GPU or in bfloat16"
+    return f"{count} of the runs on a GPU" if count else "nothing on a GPU"
 
 
 def _standing(results: Path, name: str) -> Iterator[str]:
@@ -266,35 +270,37 @@ def _standing(results: Path, name: str) -> Iterator[str]:
     from models import VARIANTS
 
     known = {variant.name: variant.family for variant in VARIANTS.values()}
-    included = suite.load(name).includes or (name,)
+    whole = suite.load(name)
+    included = whole.includes or (whole.name,)
+    listed = [one for one in suite.packaged() if not one.includes]
+    listed += [whole] if not {one.name for one in listed} & set(included) else []
     yield "| suite | runs done | failed | not run | which, by block |"
     yield "|---|---:|---:|---:|---|"
-    for one in sorted(suite.packaged(), key=lambda one: one.name not in included):
-        if one.includes:
-            continue
+    for one in sorted(listed, key=lambda one: one.name not in included):
         cells = suite.cells(one, known, RunConfig(out=results, device="cpu"))
         resolved = [cell.model_copy(update={"config": experiment.resolve(cell.config)}) for cell in cells]
         now = schedule.schedule(
             one, resolved, lambda run: record.find(results, run), lambda run, limit: budget.fit(run, limit, results)
         )
         title = one.name if one.name in included else f"{one.name}, not in {name}"
-        waiting = f"; {now.waiting} wait for a rate or a speed" if now.waiting else ""
-        yield f"| {title} | {len(now.done)} | {len(now.failed)} | {len(now.ready)} | {_named(now.ready)}{waiting} |"
+        which = _by_block(now.ready) + [f"{now.waiting} that wait for a rate or a speed"] * bool(now.waiting)
+        left = len(now.ready) + now.waiting
+        yield f"| {title} | {len(now.done)} | {len(now.failed)} | {left} | {'; '.join(which)} |"
     for path in sorted(cost.FOLDER.glob("*.yaml")):
-        ids = [cell.id for cell in cost.cells(cost.CostConfig(suite=path.stem))]
-        ok = sum(record.find(results, id, "ok", room=cost.ROOM) is not None for id in ids)
-        yield f"| `attnbench.cost --suite {path.stem}` | {ok} | 0 | {len(ids) - ok} | |"
+        found = [record.find(results, one.id, room=cost.ROOM) for one in cost.cells(cost.CostConfig(suite=path.stem))]
+        count = Counter("not run" if one is None else "ok" if one["status"] == "ok" else "failed" for one in found)
+        yield f"| `attnbench.cost --suite {path.stem}` | {count['ok']} | {count['failed']} | {count['not run']} | |"
 
 
-def _named(cells: Iterable[Any]) -> str:
-    """Blocks, their variants, and how many cells of each."""
+def _by_block(cells: Iterable[Any]) -> list[str]:
+    """Each block with its variants, and how many cells of each."""
     blocks: dict[str, Counter[str]] = {}
     for cell in cells:
         blocks.setdefault(cell.block, Counter())[cell.config.variant] += 1
-    return "; ".join(
+    return [
         f"{block}: {', '.join(f'{variant} {count}' for variant, count in sorted(counts.items()))}"
         for block, counts in blocks.items()
-    )
+    ]
 
 
 def run_table(results: Path, variant: str) -> str:
@@ -320,16 +326,18 @@ def fill(readme: str, story: str) -> str:
     return f"{before}{begin}\n{story}\n{end}{after}"
 
 
-def told(readme: str, results: Path, suite: str, root: Path) -> str:
+def refreshed(readme: str, results: Path, suite: str, root: Path) -> str:
     """The README with what the results say: the story, and a run's table wherever it has marks for one."""
     filled = fill(readme, text(results, suite, root))
+    if len(RUN.findall(filled)) < filled.count("<!-- run "):
+        raise Refusal("the README has a <!-- run VARIANT --> without its <!-- end of run -->; put that line below it")
     return RUN.sub(lambda marks: marks[1] + run_table(results, marks[2]) + marks[3], filled)
 
 
 def main(argv: Iterable[str] | None = None) -> int:
     config = cli.parse(StoryConfig, None if argv is None else list(argv), prog="attnbench.story")
     readme = config.readme.read_text(encoding="utf-8")
-    whole = told(readme, config.results.resolve(), config.suite, config.readme.resolve().parent)
+    whole = refreshed(readme, config.results.resolve(), config.suite, config.readme.resolve().parent)
     print(storage.write_text(config.readme, whole))
     return 0
 

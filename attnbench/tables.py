@@ -91,9 +91,10 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
     latest = well.groupby(["context", "setting"])
     costs = latest[["parameters", *COSTS, "training_flops", "seconds"]].last()  # of each figure that is there
     tried = runs.groupby(["context", "setting"])["lr"]
-    costs["rates_tried"], costs["most"] = tried.nunique(), tried.max()
+    costs["rates_tried"], costs["least"], costs["most"] = tried.nunique(), tried.min(), tried.max()
     table = pd.DataFrame(rows).merge(costs.reset_index(), on=["context", "setting"])
-    table["largest_rate"] = np.where((table["rates_tried"] > 1) & (table["lr"] == table.pop("most")), "yes", "")
+    at_edge = (table["lr"] == table.pop("least")) | (table["lr"] == table.pop("most"))
+    table["edge_rate"] = np.where((table["rates_tried"] > 1) & at_edge, "yes", "")
     table["commit"] = table.pop("commit")
     return table.sort_values(["context", "nats_per_token"], ignore_index=True)
 

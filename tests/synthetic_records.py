@@ -50,6 +50,7 @@ def one(
         "id": name, "status": status, "variant": variant, "family": FAMILIES.get(variant, "own"), "backend": "math",
         "seed": seed, "config": config.identity(),
         "environment": {"commit": "0123456789abcdef", "dirty": False, "cpu": "a CPU", "gpu": None,
+                        "time": "2024-01-01T00:00:00+00:00",
                         "command": f"python -m attnbench.run --variant {variant} --seed {seed}"},
         "data": {"name": data, "checksum": f"{data}{side}", "height": side, "width": side, "vocab": 17},
         "metrics": {}, "curves": {}, "per_image_nats": None, "nll_map": None,

@@ -91,14 +91,18 @@ def test_a_single_turn_leaves_no_range(single: int) -> None:
 
 
 def test_an_open_upper_end() -> None:
-    found = crossover([Ratio(16, 2.0, 1.5, 2.5), Ratio(32, 0.9, 0.8, 1.1)])
+    found = crossover([Ratio(16, 2.0, 1.5, 2.5), Ratio(32, 0.5, 0.4, 0.6), Ratio(64, 0.9, 0.8, 1.1)])
     assert found.side is not None and found.low is not None and found.high is None
-    assert found.text() == "29 (16 or more)"
+    assert found.text() == "23 (16 or more)"
 
 
 def test_costs_that_differ_by_chance_are_about_the_same() -> None:
-    """Medians a little below 1 everywhere, or quartiles on both sides of it, are no crossing; one that tells is."""
+    """Medians a little below 1, or quartiles on both sides of it, are no crossing; only what tells is."""
     near = [Ratio(16, 0.96, 0.95, 0.97), Ratio(32, 0.7, 0.6, 1.1), Ratio(64, 1.04, None, None)]
+    tells = Ratio(64, 0.9, 0.89, 0.91)
     assert crossover(near).text() == "about the same"
-    assert crossover([*near[:2], Ratio(64, 0.9, 0.89, 0.91)]).text() == "at every measured side"
-    assert crossover([Ratio(16, 1.2, 1.1, 1.3), *near[1:2]]).text().startswith("2")
+    assert crossover([*near[:2], tells]).text() == "64 (32 to 64)", "before that, chance"
+    assert crossover([tells, Ratio(128, 0.96, 0.95, 0.97)]).text() == "at every measured side"
+    above = Ratio(16, 1.2, 1.1, 1.3)
+    assert crossover([above, near[1]]).text() == "not within the measured sides", "a crossing by chance"
+    assert crossover([above, near[1], tells]).text() == "20 (16 to 64)"

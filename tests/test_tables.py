@@ -223,6 +223,6 @@ def test_a_figure_takes_any_name_and_says_which_lines_lie_on_one_another(tmp_pat
     cases = (("dense1d", 1e4), ("$x_{$", 1.01e4), ("local2d", 2e4))
     records = [one(name, side, seed, size) for name, size in cases for side in (8, 16) for seed in range(2)]
     drawn = {picture.key: picture for picture in figures.pictures(framed(*records), tmp_path)}
-    assert "the bar: from the least to the greatest of its seeds." in drawn["memory"].caption
+    assert "the bar: from the least to the greatest of all seeds." in drawn["memory"].caption
     assert drawn["memory"].caption.endswith("Within 5 % of one another everywhere: dense1d, $x_{$.")
     assert "At the largest side: dense1d" in drawn["memory"].alt and "$x_{$" in drawn["cost"].svg

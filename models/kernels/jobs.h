@@ -21,8 +21,8 @@ template <typename Work> void share(int threads, int64_t jobs, const Work& work)
     }
 }
 
-// Calls work(worker, job) for every job, each thread with a Worker(given...) of its own.  They are made before the threads
-// start: where memory does not suffice, nothing may be thrown within one.
+// Calls work(worker, job) for every job, each thread with a Worker(given...) of its own.  They are made before the
+// threads start: where memory does not suffice, nothing may be thrown within one.
 template <typename Worker, typename Work, typename... Given>
 void share(int threads, int64_t jobs, const Work& work, const Given&... given) {
     std::vector<std::unique_ptr<Worker>> workers(std::max<int64_t>(1, std::min<int64_t>(threads, jobs)));
