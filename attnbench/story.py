@@ -54,7 +54,9 @@ def text(results: Path, suite: str, root: Path) -> str:
         *(_verdict(card, late) for card in page.cards(judged)),
         "",
         *_by_side(runs),
-        f"Every setting in the context that most were run in ({tables.leading_context(runs)}). ± is half of the 95 % "
+        "### Every setting, side by side",
+        "",
+        f"In the context that most were run in ({tables.leading_context(runs)}). ± is half of the 95 % "
         "interval over seeds and test images; the rank is the range of places that the significant differences "
         f"leave open; Pareto-optimal means that no other row is as good in {page.compared(front)} and better in one, "
         "by the estimates alone. The best layer of a probe is chosen on the test images. A setting with more learning "
@@ -64,10 +66,12 @@ def text(results: Path, suite: str, root: Path) -> str:
         *_table(front),
         "",
         *_trade(results, here, runs),
+        *_completions(results, here, runs),
         *_growth(results, here),
         *_beside(published.replicas(runs)),
-        *_completions(results, here, runs),
-        f"This is how far each suite has come, {_on_gpus(records)}. A run that several share counts in each:",
+        "### How far it has come",
+        "",
+        f"Each suite so far, {_on_gpus(records)}. A run that several share counts in each:",
         "",
         *_standing(results, suite),
     ])  # fmt: skip
@@ -154,8 +158,10 @@ def _by_side(runs: Any) -> Iterator[str]:
 
     rates = known["lr"].unique()
     rate = f"all at the rate {rates[0]:g}" if len(rates) == 1 else "each at its own rate"
+    yield "### What wins at which length"
+    yield ""
     yield (
-        "What wins at which length: nats per token and, paired by seed and test image, the difference from "
+        "Nats per token and, paired by seed and test image, the difference from "
         f"{base}, less being better, ± half of the 95 % interval. All have the same data, steps and depth, "
         f"{rate} ({frame.context(known['record'].iloc[0], ('side',))}):"
     )
@@ -189,6 +195,8 @@ def _markdown(table: Any) -> Iterator[str]:
 def _beside(replicas: Any) -> Iterator[str]:
     """Runs beside published models that they share everything but the attention and the budget with."""
     if not replicas.empty:
+        yield "### Beside a published model"
+        yield ""
         yield (
             "With the data, tokens, shape and batch of a published model, longest training first; ± is the sampling "
             "of images alone, not of seeds. Optimiser, rate and steps are ours: rows that have these three and the "
@@ -219,10 +227,12 @@ def _growth(results: Path, here: Path) -> Iterator[str]:
     table = passes[shown].sort_values("exponent")
     table["step_sides"], table["step_cheaper_from_side"] = step["sides"], step["cheaper_from_side"]
     table["decoding_cheaper_from_side"] = decoding["cheaper_from_side"]
+    yield "### How cost grows"
+    yield ""
     yield (
-        "How the cost of the backward pass of attention alone grows with the number of pixels, and from which side a "
-        f"whole training step, and decoding by attention alone, cost less than with {tables.baseline()}: interpolated, "
-        "and between which measured sides. Measured by turns with it, "
+        "The backward pass of one layer's attention: the exponent of its time in the number of pixels; and the image "
+        "side from which a whole training step, and decoding by attention alone, take less time than with "
+        f"{tables.baseline()}: interpolated, in brackets the measured sides around it. Interleaved with it, "
         f"{', '.join(f'{name} {size}' for name, size in curves.SHAPE.items())}, batch {curves.BATCH}, "
         f"{curves.PRECISION} ({machine}, threads: {threads:.0f}); [every cost apart]({here}/report/costs.md):"
     )

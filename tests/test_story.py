@@ -109,8 +109,8 @@ def test_likelihood_by_side_is_paired_and_says_what_was_not_run(tmp_path: Path) 
     runs += [synthetic.one("dense2d", side=side) for side in (16, 32)]
     synthetic.write(tmp_path / "results", runs)
     told = story.text(tmp_path / "results", "quick", tmp_path)
-    _, table = told.split("What wins at which length")
-    rows = {line.split(" | ")[0].strip("| "): line for line in table.split("\n\n")[1].splitlines()}
+    _, table = told.split("### What wins at which length")
+    rows = {line.split(" | ")[0].strip("| "): line for line in table.split("\n\n")[2].splitlines()}
     assert rows["setting"] == "| setting | 8×8 | 16×16 | 32×32 |"
     assert len(re.findall(r"−0\.0[56]\d ± 0\.0\d\d nats, n = 3", rows["local2d"])) == 2
     assert rows["dense1d"].count("n = 3") == 2 and "nats" not in rows["dense1d"]
