@@ -184,8 +184,10 @@ def check_oracle(request: Request) -> None:
     """Every attention of the trunk against its float64 oracle on a 5 × 7 grid. Raises AssertionError.
 
     On a CPU in float64 too; on CUDA as it will be timed, for what runs there may know no other dtype: within LOW of the
-    largest value.
+    largest value. A model of its own has none.
     """
+    if not issubclass(variants.find(request.config.variant).cls, Mixer):
+        return
     on_cuda = request.config.device == "cuda"
     shared, given = attentions(Request(request.config, 5, 7, 5), None if on_cuda else torch.float64)
     wide = {name: x.double() if isinstance(x, Tensor) else x for name, x in given.extras.items()}
@@ -200,12 +202,11 @@ def check_oracle(request: Request) -> None:
 def attentions(request: Request, dtype: torch.dtype | None = None) -> tuple[dict[Mixer, float], Inputs]:
     """The trunk's attentions that differ, each with its share of the layers, and what the projections give them.
 
-    All are given the first layer's; none are a model of its own.
+    All are given the first layer's. Raises AssertionError where the variant is a model of its own.
     """
     config = request.config.model_copy(update={"model": request.config.model.model_copy(update={"depth": 1})})
     model: Any = train.make_model(config, *request.shape)
-    if not hasattr(model, "blocks"):
-        return {}, Inputs(*(torch.zeros(0),) * 3, {})
+    assert hasattr(model, "blocks"), "a model of its own has no attention to measure alone"
     model = model.to(dtype or getattr(torch, config.train.precision))
     layer, size = model.blocks[0].attention, request.height * request.width
     x = torch.randn(config.train.batch, size, config.model.dim, device=config.device, dtype=model.tokens.dtype)
@@ -236,7 +237,6 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _there_and_back(shared: dict[Mixer, float], given: Inputs) -> None:
-    assert shared, "a model of its own has no attention to measure alone"
     for mixer in shared:
         out = mixer(given.q, given.k, given.v, **given.extras)
         torch.autograd.grad(out, given.leaves(), torch.ones_like(out), allow_unused=True)
@@ -245,7 +245,6 @@ def _there_and_back(shared: dict[Mixer, float], given: Inputs) -> None:
 
 def _attention(request: Request, decoding: bool, graphs: bool) -> Subject:
     shared, given = attentions(request)
-    assert shared, "a model of its own has no attention to measure alone"
     each = {mixer: _phases(mixer, given, request, decoding, graphs) for mixer in shared}
 
     def mean(phase: str) -> float:

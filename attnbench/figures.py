@@ -299,8 +299,7 @@ def _growth(column: str, scale: float, label: str) -> Callable[[Any, pd.DataFram
         known = tables.at_several_sides(tables.finished(runs).dropna(subset=[column, "tokens"]))
         if known.empty:
             return None
-        shared = known.groupby("line").agg(sides=("tokens", "nunique"), settings=("setting", "nunique"))
-        known = known[known["line"] == shared.apply(tuple, axis=1).idxmax()]
+        known = tables.leading_line(known)
         most = frame.context(known["record"].iloc[0], ("side", "model.backend"))
         kept, settings = list(dict.fromkeys(known["setting"]))[:MOST_LINES], known["setting"].nunique()
         known = known[known["setting"].isin(kept)].assign(value=known[column] * scale)

@@ -141,8 +141,7 @@ def _by_side(runs: Any) -> Iterator[str]:
     known = tables.at_several_sides(tables.trained(runs).dropna(subset=["nats_per_token"]))
     if known.empty:
         return
-    points = known.assign(point=[f"{row.setting} {row.tokens}" for row in frame.rows(known)])
-    known = known[known["line"] == points.groupby("line")["point"].nunique().idxmax()]
+    known = tables.leading_line(known)
     sides = list(dict.fromkeys(known.sort_values("tokens")["side"]))
     own = {(str(rows["side"].iloc[0]), setting): rows for _, setting, rows in tables.groups(known)}
     base = tables.baseline()

@@ -226,6 +226,12 @@ def at_several_sides(known: pd.DataFrame) -> pd.DataFrame:
     return known[sides > 1]
 
 
+def leading_line(known: pd.DataFrame) -> pd.DataFrame:
+    """Of these, the runs of the line with the most points: settings at sides."""
+    points = known.drop_duplicates(["line", "setting", "tokens"])["line"].value_counts(sort=False)
+    return known[known["line"] == points.idxmax()]
+
+
 def exponents(runs: pd.DataFrame) -> pd.DataFrame:
     """C1, C5: how time, memory and decoding state grow with the tokens, as exponents of a power law.
 

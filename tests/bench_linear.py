@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+from attnbench.config import threads
 from models import kernels
-from tests.timing import PHASES, mixer_at, ratio, time_attention, work_of
+from tests.timing import PHASES, Attend, mixer_at, ratio, time_attention, times_slower, work_of
+
+SIDE = 64
+"""Of the image that peers are given."""
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -20,30 +26,37 @@ def test_linear(benchmark: Any, backend: str, phase: str, side: int) -> None:
     time_attention(benchmark, "linear", backend, mixer, mixer.flops(), side, phase)
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_linear_attention_transformer(benchmark: Any, phase: str) -> None:
+def linear_attention_transformer() -> Attend:
     """Its own features, softmax(q) and exp(k), in buckets of 64."""
-    package = "linear_attention_transformer"
-    peer = pytest.importorskip(f"{package}.{package}", reason="linear-attention-transformer is not installed (peers)")
-    time_peer(benchmark, peer.causal_linear_attn, package, phase)
+    peer: Any = import_module("linear_attention_transformer.linear_attention_transformer")
+    attend: Attend = peer.causal_linear_attn
+    return attend
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_performer_pytorch(benchmark: Any, phase: str) -> None:
+def performer_pytorch() -> Attend:
     """What its causal form does without its CUDA kernel, given the same features as ours."""
-    peer = pytest.importorskip(
-        "performer_pytorch.performer_pytorch", reason="performer-pytorch is not installed (peers)"
-    )
-    feature = mixer_at("linear", 64).feature  # type: ignore[operator]
+    peer: Any = import_module("performer_pytorch.performer_pytorch")
+    feature: Any = mixer_at("linear", SIDE).feature
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = peer.causal_linear_attention_noncuda(feature(q), feature(k), v)  # type: ignore[operator]
+        out: Tensor = peer.causal_linear_attention_noncuda(feature(q), feature(k), v)
         return out
 
-    time_peer(benchmark, attend, "performer_pytorch", phase)
+    return attend
 
 
-def time_peer(benchmark: Any, attend: Any, package: str, phase: str) -> None:
-    time_attention(benchmark, "linear", package, attend, None, 64, phase)
-    ours = work_of(mixer_at("linear", 64), 64, phase)
-    benchmark.extra_info["times_slower_than_ours"] = ratio(work_of(attend, 64, phase), ours, rounds=9)
+PEERS = {peer.__name__: peer for peer in (linear_attention_transformer, performer_pytorch)}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("package", PEERS)
+def test_peer(benchmark: Any, package: str, phase: str) -> None:
+    pytest.importorskip(package, reason=f"{package.replace('_', '-')} is not installed (peers)")
+    time_attention(benchmark, "linear", package, PEERS[package](), None, SIDE, phase)
+    benchmark.extra_info.update(times_slower(against_ours, package, phase))
+
+
+def against_ours(package: str, phase: str) -> dict[str, Any]:
+    torch.set_num_threads(threads())
+    ours = work_of(mixer_at("linear", SIDE), SIDE, phase)
+    return ratio(work_of(PEERS[package](), SIDE, phase), ours, rounds=9)

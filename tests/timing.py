@@ -6,9 +6,13 @@ Shapes: q, k, v (batch, heads, seq, head_dim).
 from __future__ import annotations
 
 import functools
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,6 +99,25 @@ def ratio(slow: Callable[[], object], fast: Callable[[], object], rounds: int = 
             spent[work] = statistics.median(seconds(work) for _ in range(repeats if work is fast else 1))
         values.append(spent[slow] / spent[fast])
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "rounds": rounds}
+
+
+def times_slower(compare: Callable[..., dict[str, Any]], *given: str) -> dict[str, Any]:
+    """Facts for extra_info: what `compare` says in a new process, and in one where malloc keeps what is freed.
+
+    In this process glibc's malloc keeps more the larger the tensors that earlier benchmarks freed, so that what takes
+    many new ones, as peers do, would be the faster the later it is run.
+    """
+    found = {}
+    for name, first in (
+        ("", "pass"),
+        ("_where_malloc_keeps", "from attnbench.measure import keep_freed; keep_freed()"),
+    ):
+        told = f"from {compare.__module__} import {compare.__name__} as compare; print(json.dumps(compare(*{given!r})))"
+        command = [sys.executable, "-c", f"import json; {first}; {told}"]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found[f"times_slower_than_ours{name}"] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
