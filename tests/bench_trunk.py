@@ -88,7 +88,8 @@ def against_ours() -> dict[str, Any]:
 def test_harness_over_the_bare_loop(benchmark: Any, tmp_path: Path) -> None:
     """train.fit against the shortest loop around the same model, both from the same weights, by turns in CPU time.
 
-    No validation is due and no checkpoint: those are work that was asked for.  `share` is what the harness adds.
+    Validation costs nothing and no checkpoint is written, from which the next turn would go on: those are work that was
+    asked for.
     """
     steps, config = 4, RunConfig(
         variant="dense1d", device="cpu", model=ModelConfig(dim=DIM, depth=DEPTH, heads=HEADS),
@@ -100,7 +101,7 @@ def test_harness_over_the_bare_loop(benchmark: Any, tmp_path: Path) -> None:
 
     def harness() -> None:
         model = train.make_model(config, SIDE, SIDE, VOCAB)
-        train.fit(model, data, lambda model: 0.0, config, tmp_path / "none")
+        train.fit(model, data, lambda model: 0.0, config, tmp_path / "none", held=lambda: False)
 
     def bare() -> None:
         model = train.make_model(config, SIDE, SIDE, VOCAB)
@@ -114,14 +115,14 @@ def test_harness_over_the_bare_loop(benchmark: Any, tmp_path: Path) -> None:
 
     bare()
     ratios = []
-    for turn in range(3):
+    for turn in range(7):
         works = [harness, bare] if turn % 2 else [bare, harness]
         spent = {work: cpu_seconds(work) for work in works}
         ratios.append(spent[harness] / spent[bare])
     describe(benchmark, "dense1d", "harness", f"training {steps} steps", SIDE * SIDE, None, 0)
     benchmark.extra_info["over_the_bare_loop"] = {"median": statistics.median(ratios), "low": min(ratios),
                                                   "high": max(ratios), "rounds": len(ratios)}  # fmt: skip
-    assert statistics.median(ratios) <= 1.1, ratios  # 1.03 is the aim; a machine that others use is less exact
+    assert 0.9 <= statistics.median(ratios) <= 1.1, ratios  # 1.03 is the aim; a machine that others use is less exact
     benchmark.pedantic(harness, rounds=1)
 
 
