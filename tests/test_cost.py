@@ -343,7 +343,13 @@ def test_a_ratio_to_what_takes_long_has_one_round(monkeypatch: pytest.MonkeyPatc
     log: list[str] = []
     monkeypatch.setattr("tests.timing.seconds", lambda work: work() or (LONG if log[-1] == "s" else 0.5))
     found = ratio(lambda: log.append("s"), lambda: log.append("f"), rounds=7)
-    assert log.count("s") == 2 and found == {"median": 4.0, "low": 4.0, "high": 4.0, "rounds": 1}
+    assert log.count("s") == 3 and found == {"median": 4.0, "low": 4.0, "high": 4.0, "rounds": 1}
+
+
+def test_a_first_call_that_loads_something_costs_no_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr("tests.timing.seconds", lambda work: work() or (LONG if log.count("s") == 1 else 0.5))
+    assert ratio(lambda: log.append("s"), lambda: log.append("f"), rounds=7)["rounds"] == 7
 
 
 def test_a_classifier_has_its_step_against_the_baseline_that_predicts_pixels() -> None:
