@@ -73,21 +73,24 @@ class Mixer(nn.Module):
             raise ValueError(f"backend {wanted!r} cannot run {type(self).__name__}: {'; '.join(reasons)}")
         return wanted
 
+    def _lacks(self, method: str) -> NotImplementedError:
+        return NotImplementedError(f"{type(self).__name__} has no {method}; write one, as its base class describes it")
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, **extras: Any) -> Tensor:
         """The whole sequence at once.  extras: `bias`, a ScoreBias, if carried; `gates` if asked for."""
-        raise NotImplementedError
+        raise self._lacks("forward")
 
     def oracle(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, **extras: Any) -> Tensor:
         """The same from its definition, by reference.py."""
-        raise NotImplementedError
+        raise self._lacks("oracle")
 
     def start(self, batch: int, like: Tensor) -> Any:
         """The state before the first slot, in the dtype and on the device of `like`."""
-        raise NotImplementedError
+        raise self._lacks("start")
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, state: Any, *args: Any, **extras: Any) -> tuple[Tensor, Any]:
         """One slot more: q, k, v (batch, heads, 1, head_dim).  The state may be changed in place."""
-        raise NotImplementedError
+        raise self._lacks("step")
 
     def keep(self, state: Any) -> Kept | None:
         """Moves the state on by a slot for a kernel that does what `step` does, if that is a softmax over kept keys.
@@ -98,7 +101,7 @@ class Mixer(nn.Module):
 
     def flops(self) -> int:
         """Forward FLOPs of one image, a multiplication and an addition being two."""
-        raise NotImplementedError
+        raise self._lacks("flops")
 
 
 AHEAD = 64
@@ -183,7 +186,7 @@ class ExactMixer(Mixer):
 
     def visible(self) -> Predicate:
         """The mask, as a predicate over slots."""
-        raise NotImplementedError
+        raise self._lacks("visible")
 
     def tiles(self) -> Tiles:
         """Which queries are served together, and all keys that they may see; by default all and all."""

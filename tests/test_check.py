@@ -20,6 +20,8 @@ from attnbench import check, checks, receptive
 from attnbench.checks import CHECKS, Subject, examine
 from attnbench.errors import Refusal
 from models.full import Dense
+from models.geometry import Grid, Scan
+from models.mixer import ExactMixer, Layer, Mixer
 
 CATALOGUE = sorted(models.VARIANTS)
 
@@ -239,3 +241,14 @@ def test_own_attention_through_cost(tmp_path: Path) -> None:
     commanded(tmp_path, "cost --variants my_attention:MyAttention --sides 3 --budget 0.1 --out costs")
     mine = [status for variant, status in recorded(tmp_path / "costs") if variant == "my_attention:MyAttention"]
     assert mine == ["ok"] * 2, "attention alone, and a step"
+
+
+@pytest.mark.parametrize("method", ["forward", "oracle", "start", "step", "flops", "visible"])
+def test_what_an_attention_of_ones_own_lacks_is_named(method: str) -> None:
+    class Bare(ExactMixer if method == "visible" else Mixer):  # type: ignore[misc]
+        pass
+
+    given = [torch.zeros(1, 1, 4, 4)] * 3
+    arguments = {"forward": given, "oracle": given, "start": (1, given[0]), "step": (*given, None)}.get(method, ())
+    with pytest.raises(NotImplementedError, match=f"Bare has no {method}; write one"):
+        getattr(Bare(Layer(Scan(Grid(2, 2)), 1, 4)), method)(*arguments)
