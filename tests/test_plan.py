@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from dataclasses import replace
 from fractions import Fraction
@@ -159,8 +160,10 @@ def test_flops_whatever_the_reach_and_the_grid(
 
 
 def agrees(variant: str, side: int, batch: int) -> None:
+    """With the median of three children: of a small model's peak single ones differ by up to 3 %."""
     request = request_for(variant, side, batch)
-    assert predict.peak_bytes(request) == pytest.approx(measure.peak_bytes(request), rel=0.02)
+    measured = statistics.median(measure.peak_bytes(request) for _ in range(3))
+    assert predict.peak_bytes(request) == pytest.approx(measured, rel=0.02)
 
 
 @ON_LINUX
