@@ -52,7 +52,7 @@ class Subject:
     @property
     def is_mixer(self) -> bool:
         """Whether it is an attention in the trunk, not a whole model."""
-        return issubclass(self.variant.cls, Mixer)
+        return variants.attends(self.name)
 
     def build(self, height: int, width: int, **shape: Any) -> Any:
         """A small model whose parameters are all non-zero, in float64."""

@@ -151,17 +151,10 @@ def cells(config: CostConfig) -> list[Cell]:
     sides = sorted(_sides(config.sides))
     ordered = [baseline, *(n for n in names if n != baseline)]
     found = [_cell(name, side, scope, config.batch) for scope in _SCOPES for name in ordered for side in sides]
-    return [cell for cell in found if cell.scope == "step" or _attends(cell)]
+    return [cell for cell in found if cell.scope == "step" or variants.attends(cell.config.variant)]
 
 
 _SCOPES: tuple[Scope, ...] = ("attention", "step")
-
-
-def _attends(cell: Cell) -> bool:
-    """Whether the variant is an attention, not a model of its own."""
-    import models
-
-    return issubclass(models.VARIANTS[cell.config.variant].cls, models.Mixer)
 
 
 def _sides(text: str) -> set[int]:

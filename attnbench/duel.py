@@ -186,7 +186,7 @@ def check_oracle(request: Request) -> None:
     On a CPU in float64 too; on CUDA as it will be timed, for what runs there may know no other dtype: within LOW of the
     largest value. A model of its own has none.
     """
-    if not issubclass(variants.find(request.config.variant).cls, Mixer):
+    if not variants.attends(request.config.variant):
         return
     on_cuda = request.config.device == "cuda"
     shared, given = attentions(Request(request.config, 5, 7, 5), None if on_cuda else torch.float64)
@@ -205,8 +205,8 @@ def attentions(request: Request, dtype: torch.dtype | None = None) -> tuple[dict
     All are given the first layer's. Raises AssertionError where the variant is a model of its own.
     """
     config = request.config.model_copy(update={"model": request.config.model.model_copy(update={"depth": 1})})
+    assert variants.attends(config.variant), "a model of its own has no attention to measure alone"
     model: Any = train.make_model(config, *request.shape)
-    assert hasattr(model, "blocks"), "a model of its own has no attention to measure alone"
     model = model.to(dtype or getattr(torch, config.train.precision))
     layer, size = model.blocks[0].attention, request.height * request.width
     x = torch.randn(config.train.batch, size, config.model.dim, device=config.device, dtype=model.tokens.dtype)

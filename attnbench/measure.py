@@ -262,13 +262,12 @@ def _rehearsal(request: Request) -> Request:
     It has the whole batch, because products of another size use other code; code is memory too, and each convolution
     of another shape is compiled anew, which for a small ResNet was a seventh of its peak.
     """
-    from attnbench import train
+    from attnbench import variants
 
     config = request.config
     eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
     single = eager.model_copy(update={"model": config.model.model_copy(update={"depth": 1})})
-    alike = hasattr(train.make_model(single, *request.shape), "blocks")
-    return Request(single if alike else eager, *request.shape)
+    return Request(single if variants.attends(config.variant) else eager, *request.shape)
 
 
 def _check_meter(told: dict[str, Any]) -> dict[str, Any]:

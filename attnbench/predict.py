@@ -63,7 +63,7 @@ class Predictor:
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._walked = issubclass(variants.find(request.config.variant).cls, Mixer)
+        self._walked = variants.attends(request.config.variant)
         """Whether the model has mixers; others are taken as they are, at full depth and height."""
         self._depths = _small_depths(request) if self._walked else [request.config.model.depth]
         self._peaks = cache(self._memory)

@@ -34,6 +34,7 @@ from attnbench import train
 from attnbench.config import RunConfig
 from attnbench.measure import Request
 from attnbench.optimiser import make_optimiser
+from models.igpt import ImageGPT
 
 KINDS = ("parameters", "gradients", "optimiser", "activations", "temporaries", "overhead")
 """parameters: with the model's tables; temporaries: all that backward and the clipping make, gradients apart;
@@ -125,7 +126,7 @@ class Meter(TorchDispatchMode):
 
     def watch(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
         """Learns what is a parameter, and is told when forward begins, a gradient is ready, the update begins."""
-        if self._device == "cpu" and hasattr(model, "blocks"):
+        if self._device == "cpu" and isinstance(model, ImageGPT):
             self._count("overhead", PROCESS)
         for parameter, names in zip(model.parameters(), _names([n for n, _ in model.named_parameters()]), strict=True):
             parameter.register_post_accumulate_grad_hook(partial(self._ready, names))

@@ -85,11 +85,10 @@ def evaluate_at(run: Trained, side: int, images: int | None, out: Path, force: b
 def _at(run: Trained, config: RunConfig, height: int, width: int) -> tuple[Any, list[str]]:
     """The model at that size with the run's weights, and which of its tables were resized."""
     from attnbench import train, variants
-    from models import Mixer
     from models.geometry import Grid, Scan
     from models.resize import load_resized
 
-    if not issubclass(variants.find(config.variant).cls, Mixer):
+    if not variants.attends(config.variant):
         return run.model(), []  # convolutions take pictures of any size
     model: Any = train.make_model(config, height, width, run.shape[2])
     trained = Scan(Grid(*run.shape[:2]), config.model.objective, config.scan)

@@ -54,6 +54,11 @@ def find(name: str) -> Variant:
     return models.VARIANTS[name]
 
 
+def attends(name: str) -> bool:
+    """Whether the variant is an attention in the trunk, not a model of its own.  Raises Refusal as `find`."""
+    return issubclass(find(name).cls, Mixer)
+
+
 def code(name: str) -> str | None:
     """What anyone's own attention ran: a hash of the file that defines its class; None for the catalogue's.
 
@@ -81,7 +86,7 @@ def untold(name: str) -> Mapping[str, Any]:
         return {}
     known = models.VARIANTS[name]
     options = {f"model.options.{option}": value for option, value in models.options(name).items()}
-    return options | ({"position": known.position} if issubclass(known.cls, Mixer) else {})
+    return options | ({"position": known.position} if attends(name) else {})
 
 
 def mixer(name: str) -> str:
