@@ -124,8 +124,8 @@ class Dense(ExactMixer):
             attn_mask = scores if attn_mask is None else scores.masked_fill(~attn_mask, float("-inf"))
         return F.scaled_dot_product_attention(q, k[:, :, :end], v[:, :, :end], attn_mask=attn_mask)
 
-    def _seen_by(self, slot: int, device: torch.device) -> tuple[Tensor, None]:
-        return torch.arange(slot + 1, device=device), None
+    def _seen_by(self, slot: int, device: torch.device) -> tuple[Tensor, None, int]:
+        return torch.arange(slot + 1, device=device), None, slot
 
     def pairs(self) -> int:
         n = self.layer.size

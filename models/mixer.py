@@ -117,6 +117,14 @@ class Cache:
     slot: int = 0
 
 
+class Ahead(NamedTuple):
+    """Of AHEAD slots from `first` on: the slots that they or later ones see, and of each what `_seen_by` returns."""
+
+    first: int
+    held: Tensor
+    each: list[tuple[Tensor, Tensor, int]]
+
+
 class Kept(NamedTuple):
     """Where a slot's own key and value go, and which it sees."""
 
@@ -174,8 +182,8 @@ class ExactMixer(Mixer):
         super().__init__(layer)
         self._tiles: tuple[Tensor, Tensor, Tensor] | None = None
         self._last_use: Tensor | None = None
-        self._places: tuple[list[int], int] = [], 0
-        self._seen: tuple[int, list[Tensor], list[Tensor]] | None = None
+        self._places: tuple[Tensor, int] = torch.empty(0, dtype=torch.long), 0
+        self._seen: Ahead | None = None
         self._flex_plan: backends.FlexPlan | None = None
 
     def refusals(self, backend: str) -> list[str]:
@@ -255,7 +263,8 @@ class ExactMixer(Mixer):
     def start(self, batch: int, like: Tensor) -> Cache:
         if self._last_use is None:
             self._last_use = self.last_use()
-            self._places = allot(self._last_use.tolist())
+            places, count = allot(self._last_use.tolist())
+            self._places = torch.tensor(places), count
         shape = batch, self.layer.heads, self._places[1], self.layer.head_dim
         return Cache(like.new_empty(shape), like.new_empty(shape))  # no place is read before it is written
 
@@ -276,25 +285,29 @@ class ExactMixer(Mixer):
         return self._next(state) if type(self).step is ExactMixer.step else None
 
     def _next(self, state: Cache) -> Kept:
-        keys, places = self._seen_by(state.slot, state.k.device)
+        keys, places, place = self._seen_by(state.slot, state.k.device)
         state.slot += 1
-        return Kept(state.k, state.v, self._places[0][state.slot - 1], keys, places)
+        return Kept(state.k, state.v, place, keys, places)
 
-    def _seen_by(self, slot: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Which slots this one sees, and their places in the cache; none: the first, as many as they are."""
+    def _seen_by(self, slot: int, device: torch.device) -> tuple[Tensor, Tensor | None, int]:
+        """Which slots this one sees, their places in the cache (none: the first, as many as they are), and its own."""
         first, seen = slot - slot % AHEAD, self._seen
-        if seen is None or seen[0] != first or seen[1][0].device != device:
-            assert self._last_use is not None, "a state comes from start"
-            with torch.inference_mode(False):  # kept for later steps, which may be training
-                slots = torch.arange(first, min(first + AHEAD, self.layer.size))
-                held = (self._last_use[: len(slots) + first] >= first).nonzero().squeeze(1)
-                mask = self.visible()(slots[:, None], held[None, :])
-                keys = held[mask.nonzero()[:, 1]]
-                places = torch.tensor(self._places[0])[keys]
-                counts = mask.sum(dim=1).tolist()
-                seen = first, list(keys.to(device).split(counts)), list(places.to(device).split(counts))
-            self._seen = seen
-        return seen[1][slot - first], seen[2][slot - first]
+        if seen is None or seen.first != first or seen.each[0][0].device != device:
+            self._seen = seen = self._look_ahead(first, seen, device)
+        return seen.each[slot - first]
+
+    def _look_ahead(self, first: int, before: Ahead | None, device: torch.device) -> Ahead:
+        assert self._last_use is not None, "a state comes from start"
+        with torch.inference_mode(False):  # kept for later steps, which may be training
+            slots = torch.arange(first, min(first + AHEAD, self.layer.size))
+            earlier = before.held if before and before.first == first - AHEAD else torch.arange(first)
+            held = torch.cat([earlier, slots])
+            held = held[self._last_use[held] >= first]
+            mask = self.visible()(slots[:, None], held)
+            keys = held[mask.nonzero()[:, 1]]
+            places, counts = self._places[0], mask.sum(dim=1).tolist()
+            split = (x.to(device).split(counts) for x in (keys, places[keys]))
+            return Ahead(first, held, list(zip(*split, places[slots].tolist(), strict=True)))
 
     def pairs(self) -> int:
         """How many (query, key) pairs are visible."""

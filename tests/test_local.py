@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import models
 from models import kernels
 from models.geometry import Grid, Scan, matrix
 from models.local import Local1D, Local2D
-from models.mixer import Layer, allot
+from models.mixer import AHEAD, Layer, allot
 from models.orders import ORDERS
 
 LOCAL: list[tuple[type[Any], dict[str, int]]] = [(Local1D, {"window": 3}), (Local2D, {"radius": 1})]
@@ -65,6 +68,34 @@ def test_decoding_keeps_no_more_than_the_window() -> None:
     assert Local1D(Layer(scan, 1, 4), window=7).start(1, like).k.shape[2] == 1 + 7
     # 2R rows and columns of halo: R rows and R pixels before the target, and the start token.
     assert Local2D(Layer(scan, 1, 4), radius=2).start(1, like).k.shape[2] <= 1 + 2 * 10 + 2 + 1
+
+
+def test_a_decoded_pixel_costs_the_same_in_a_large_image() -> None:
+    """No tensor that a step makes, looking ahead included, grows with the image's height."""
+    q, k, v = torch.randn(3, 1, 1, 1, 4)
+    largest = {}
+    for height in (24, 1024):
+        mixer = Local2D(Layer(Scan(Grid(height, 16)), 1, 4), radius=2)
+        state = mixer.start(1, q)
+        with Sizes() as sizes:
+            state.slot = 16 * height // 2
+            for _ in range(3 * AHEAD):
+                mixer.step(q, k, v, state)
+        largest[height] = max(sizes.seen[len(sizes.seen) // 3 :])  # once it follows on what it saw before
+    assert largest[24] == largest[1024] <= AHEAD * (2 * 2 + 4) * 16
+
+
+class Sizes(TorchDispatchMode):
+    """How many numbers each tensor has that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        self.seen += [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        return out
 
 
 def test_places_are_taken_again_only_after_their_last_use() -> None:
