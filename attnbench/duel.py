@@ -39,6 +39,9 @@ WARMUPS = 3
 TIMES = 3
 """Turns at least, whatever the budget, where the cell's limit of time allows them."""
 
+PIECE = 2**24
+"""Bytes that malloc is asked for at a time for what it is to hold: it would not keep a larger piece everywhere."""
+
 Phases = dict[str, Callable[[], float]]
 """Phase -> a call that returns its seconds, of a layer or of a step."""
 
@@ -70,11 +73,12 @@ def time_cell(told: dict[str, Any]) -> dict[str, Any]:
     """Seconds of every phase, of the variant and (if `baseline` is given) of the baseline, and of the matrix product.
 
     told: `request`, `scope` ("attention" or "step"), `baseline` (a request or None), `budget` seconds, `memory` bytes,
-    `decoding`, whether that is timed too, `graphs`, whether CUDA replays the passes, `deadline`, in seconds since 1970.
-    Raises AssertionError where an oracle is missed, Uncaptured.
+    `decoding`, whether that is timed too, `graphs`, whether CUDA replays the passes, `deadline`, in seconds since 1970,
+    `reserve`, the bytes that malloc is to hold.  Raises AssertionError where an oracle is missed, Uncaptured.
     """
     request = Request.parse(told["request"])
     limit_memory(told.get("memory"), request.config.device)
+    _reserve(told.get("reserve", 0))
     how = told["scope"], told.get("decoding", True), told.get("graphs", True)
     own = subject_of(request, *how)
     sides = {"own": own.phases}
@@ -153,6 +157,16 @@ def limit_memory(size: int | None, device: str = "cpu") -> None:
         held = int(file.read().split()[5]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (held + size, hard))
+
+
+def _reserve(size: int) -> None:
+    """Makes malloc hold `size` bytes of pages that were written to, where it keeps what is freed.
+
+    Aligned tensors leave gaps between them, so that for many calls a freed one does not fit where it was and new pages
+    are taken: of a backward pass of few turns up to three quarters, and not the attention's doing.
+    """
+    if size and measure.keep_freed():
+        _ = [torch.zeros(PIECE, dtype=torch.uint8) for _ in range(size // PIECE)]
 
 
 def product(device: str, precision: str) -> Callable[[], float]:

@@ -246,6 +246,17 @@ def test_a_child_knows_when_it_must_be_done(tmp_path: Path, monkeypatch: pytest.
     assert all(told["deadline"] == pytest.approx(time.time() + 60, abs=5) for told in ask.told)
 
 
+@pytest.mark.parametrize(("memory", "reserved"), [("8GB", 4), ("4", 2)])
+def test_a_child_that_measures_time_holds_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str, reserved: int
+) -> None:
+    """Four peaks, which are one byte here, and at most half of the memory."""
+    ask = Children()
+    monkeypatch.setattr(measure, "in_child", ask)
+    cost.measured(attention_cell(), limits(tmp_path, memory=memory), baseline=True)
+    assert [told.get("reserve") for told in ask.told] == [None, reserved]
+
+
 def test_only_a_baseline_of_the_same_shape_says_whether_it_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

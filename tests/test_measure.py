@@ -223,11 +223,11 @@ def test_the_child_is_told_its_malloc_and_its_threads(monkeypatch: pytest.Monkey
     assert measure._environment("time")["OMP_NUM_THREADS"] == "1"
 
 
-def _said(program: str, **told: str) -> str:
+def _said(program: str, *argv: str, **told: str) -> str:
     """What a process prints whose malloc was told this alone."""
     given = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
-    done = subprocess.run([sys.executable, "-c", program], env=given | told, capture_output=True, text=True, check=True)
-    return done.stdout
+    command = [sys.executable, "-c", program, *argv]
+    return subprocess.run(command, env=given | told, capture_output=True, text=True, check=True).stdout
 
 
 FAULTS = """
@@ -249,6 +249,24 @@ print(kept, min(faults))
 def test_malloc_keeps_what_is_freed_unless_it_was_told_otherwise(told: dict[str, str], kept: bool) -> None:
     answer, faults = _said(FAULTS, **told).split()
     assert (answer == "True", int(faults) < 4000) == (kept, kept)  # of 36,864 pages; a system may take some away
+
+
+RESERVED = """
+import resource, sys, torch
+from attnbench import duel
+duel._reserve(int(sys.argv[1]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**25)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+@pytest.mark.parametrize(("told", "size", "reserved"), [
+    ({}, 2**28, True), ({}, 0, False), ({"MALLOC_MMAP_THRESHOLD_": "65536"}, 2**28, False),
+])  # fmt: skip
+def test_what_is_reserved_needs_no_new_pages(told: dict[str, str], size: int, reserved: bool) -> None:
+    assert (int(_said(RESERVED, str(size), **told)) < 4000) == reserved  # of 32,768; a system may take some away
 
 
 GIVEN_BACK = """
