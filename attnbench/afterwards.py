@@ -23,15 +23,17 @@ def costs(results: Path) -> pd.DataFrame:
     """C1, C5: how each cost grows with the number of tokens, and the side from which it is below the baseline's.
 
     Of cells measured by turns with the baseline, n turns at least: the ratio is at the largest side that both reached,
-    `ratio_at_side`. Cells of different machines, or with other numbers of threads, are kept apart.
+    `ratio_at_side`. `given_up`: the sides of cells that did not end, and how. Cells of different machines, or with
+    other numbers of threads, are kept apart.
     """
-    known = [done for done in record.read_all(results, cost.ROOM)[0] if done.get("status") == "ok"]
     machines: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
-    for done in known:
+    for done in record.read_all(results, cost.ROOM)[0]:
         machines.setdefault(place(done), []).append(done)
     rows = []
     for (machine, threads), cells in machines.items():
-        for curve in curves.curves(cells):
+        given_up, measured = _given_up(cells), set()
+        for curve in curves.curves([done for done in cells if done.get("status") == "ok"]):
+            measured.add((curve.label, curve.scope))
             fit, ratio = curve.fit, curve.ratios[-1] if curve.ratios else None
             rows.append({
                 "setting": curve.label, "scope": curve.scope, "cost": curve.cost,
@@ -40,9 +42,23 @@ def costs(results: Path) -> pd.DataFrame:
                 "exponent": fit and fit.value, "exponent_low": fit and fit.low, "exponent_high": fit and fit.high,
                 "last_exponent": curve.last,
                 "ratio_to_baseline": ratio and ratio.median, "ratio_at_side": ratio and ratio.side,
-                "cheaper_from_side": curve.cheaper_from, "machine": machine, "threads": threads,
+                "cheaper_from_side": curve.cheaper_from, "given_up": given_up.get((curve.label, curve.scope)),
+                "machine": machine, "threads": threads,
             })  # fmt: skip
+        for label, scope in given_up.keys() - measured:
+            nothing = {"setting": label, "scope": scope, "given_up": given_up[label, scope]}
+            rows.append(nothing | {"machine": machine, "threads": threads})
     return _sorted(rows, ["machine", "threads", "scope", "cost", "setting"])
+
+
+def _given_up(cells: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
+    """By label and scope: the sides that did not end, with their status."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for done in sorted(cells, key=lambda done: float(number(done.get("side")) or 0)):
+        if done.get("status") != "ok":
+            sides = found.setdefault((curves.label(done), str(done.get("scope"))), [])
+            sides.append(f"{done.get('side')} ({done.get('status')})")
+    return {names: ", ".join(sides) for names, sides in found.items()}
 
 
 def _span(sides: list[int]) -> str:

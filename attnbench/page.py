@@ -99,6 +99,7 @@ COLUMNS: dict[str, Column] = {
     "last_exponent": Column("exponent, two largest sides", "{:.2f}".format),
     "ratio_to_baseline": Column("times the baseline's at the largest side", "{:.3g}".format),
     "cheaper_from_side": Column("cheaper than the baseline from image side"),
+    "given_up": Column("given up at image side"),
     "step_sides": Column("sides of the step"),
     "step_cheaper_from_side": Column("training step cheaper from image side"),
     "decoding_cheaper_from_side": Column("attention's decoding cheaper from image side"),

@@ -222,7 +222,8 @@ def _growth(results: Path, here: Path) -> Iterator[str]:
         costs[(costs["scope"] == scope) & (costs["cost"] == cost)].set_index("setting")
         for scope, cost in (("attention", "backward"), ("step", "training"), ("attention", "decoding"))
     )
-    shown = ["sides", "exponent", "exponent_low", "exponent_high", "last_exponent", "ratio_to_baseline"]
+    shown = ["sides", "exponent", "exponent_low", "exponent_high", "last_exponent", "ratio_to_baseline",
+             "given_up"]  # fmt: skip
     table = passes[shown].sort_values("exponent")
     table["step_sides"], table["step_cheaper_from_side"] = step["sides"], step["cheaper_from_side"]
     table["decoding_cheaper_from_side"] = decoding["cheaper_from_side"]

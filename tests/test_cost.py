@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
 from collections.abc import Callable
@@ -14,11 +13,10 @@ import pytest
 import torch
 
 import models
-from attnbench import afterwards, cost, curves, duel, measure, record, train
+from attnbench import cost, curves, duel, measure, record, train
 from attnbench.config import RunConfig
 from attnbench.cost import CostConfig
 from attnbench.errors import Refusal
-from tests import synthetic_records as synthetic
 from tests.timing import LONG, ratio
 
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits are Linux's")
@@ -410,65 +408,6 @@ def test_a_cell_that_does_not_fit_is_a_row(
     assert record.read(tmp_path / "costs" / f"{done['id']}.json")["status"] == status
     cost._print([done])
     assert status in capsys.readouterr().out
-
-
-def test_exponents_and_crossovers_come_from_records() -> None:
-    def made(variant: str, side: int, seconds: float, ratio: float | None) -> dict[str, Any]:
-        spread = {"median": seconds, "low": seconds, "high": seconds, "n": 3}
-        phases: dict[str, Any] = {"forward": {"own": spread}}
-        if ratio is not None:
-            phases["forward"]["ratio"] = {"median": ratio, "low": ratio, "high": ratio, "n": 3}
-        place = {"variant": variant, "scope": "attention", "side": side, "tokens": side**2}
-        return {**place, "status": "ok", "metrics": {"peak_bytes": None, "phases": phases}}
-
-    sides = (16, 32, 64, 128)
-    records = [made("linear", s, 1e-6 * s**2, 2500 / s**2) for s in sides]
-    points = curves.series(records)["linear", "attention", "forward"]
-    from attnbench.exponents import crossover, exponent
-
-    fit = exponent([p["tokens"] for p in points], [p["cost"] for p in points])
-    assert fit is not None and fit.value == pytest.approx(1.0)
-    assert crossover([p["ratio"] for p in points]).side == pytest.approx(50)
-
-
-def test_what_slowed_both_sides_of_a_cell_leaves_no_trace_in_its_exponent() -> None:
-    """At each side one of the three cells ran on a busy machine, once that of the baseline itself."""
-
-    def made(variant: str, side: int, busy: float) -> dict[str, Any]:
-        seconds = {"dense1d": 1e-9 * side**4, "linear": 1e-7 * side**2, "axial": 1e-8 * side**3}
-        spread = {name: {"median": busy * value, "low": 0, "high": 0, "n": 3} for name, value in seconds.items()}
-        share = seconds[variant] / seconds["dense1d"]
-        turns = {"baseline": spread["dense1d"], "ratio": {"median": share, "low": share, "high": share, "n": 3}}
-        timings = {"own": spread[variant]} | (turns if variant != "dense1d" else {})
-        place = {"variant": variant, "scope": "attention", "side": side, "tokens": side**2}
-        return {**place, "status": "ok", "metrics": {"peak_bytes": None, "phases": {"forward": timings}}}
-
-    slowed = {"linear": (1, 1, 3), "axial": (2, 1, 1), "dense1d": (1, 5, 1)}
-    records = [made(name, side, busy) for name in slowed for side, busy in zip((16, 32, 64), slowed[name], strict=True)]
-    found = {curve.label: curve.fit and curve.fit.value for curve in curves.curves(records)}
-    assert found == pytest.approx({"linear": 1.0, "axial": 1.5, "dense1d": 2.0})
-
-
-def test_the_report_has_a_table_of_the_cells(tmp_path: Path) -> None:
-    """A row a cost; another shape, backend or machine is another row, and what did not fit is none."""
-
-    kept = functools.partial(synthetic.cost_cell, tmp_path)
-    for side in (16, 32, 64, 128):
-        kept("linear", side, 1e-6 * side**2)
-        kept("linear", side, 1e-6 * side**2, threads=2, n=1, against=side < 128)
-    kept("linear", 256, 0.0, status="oom")
-    kept("linear", 16, 1.0, backend="blocked")
-    kept("linear", 16, 1.0, machine="B")
-    table = afterwards.costs(tmp_path)
-    assert list(table["setting"]) == ["linear", "linear (blocked)", "linear", "linear"]
-    assert list(table["machine"]) == list("AAAB") and list(table["threads"]) == [1, 1, 2, 1]
-    first, twice = table.iloc[0], table.iloc[2]
-    assert first["sides"] == twice["sides"] == "16–128" and first["exponent"] == pytest.approx(1.0)
-    assert first["last_exponent"] == pytest.approx(1.0)
-    assert first["ratio_to_baseline"] == 50 / 128 and (first["ratio_at_side"], twice["ratio_at_side"]) == (128, 64)
-    assert (first["cheaper_from_side"], twice["cheaper_from_side"]) == ("50 (32 to 64)", "50 (no range)")
-    assert list(table["n"]) == [3, 3, 1, 3]
-    assert table.iloc[1]["sides"] == "16" and table["exponent"].isna().tolist() == [False, True, False, True]
 
 
 def test_the_gpu_suite_is_sound() -> None:
