@@ -78,7 +78,7 @@ def time_cell(told: dict[str, Any]) -> dict[str, Any]:
     """
     request = Request.parse(told["request"])
     limit_memory(told.get("memory"), request.config.device)
-    _reserve(told.get("reserve", 0))
+    reserve(told.get("reserve", 0))
     how = told["scope"], told.get("decoding", True), told.get("graphs", True)
     own = subject_of(request, *how)
     sides = {"own": own.phases}
@@ -159,7 +159,7 @@ def limit_memory(size: int | None, device: str = "cpu") -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (held + size, hard))
 
 
-def _reserve(size: int) -> None:
+def reserve(size: int) -> None:
     """Makes malloc hold `size` bytes of pages that were written to, where it keeps what is freed.
 
     Aligned tensors leave gaps between them, so that for many calls a freed one does not fit where it was and new pages

@@ -254,7 +254,7 @@ def test_malloc_keeps_what_is_freed_unless_it_was_told_otherwise(told: dict[str,
 RESERVED = """
 import resource, sys, torch
 from attnbench import duel
-duel._reserve(int(sys.argv[1]))
+duel.reserve(int(sys.argv[1]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(2**25)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)

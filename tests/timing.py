@@ -102,7 +102,7 @@ def ratio(slow: Callable[[], object], fast: Callable[[], object], rounds: int = 
 
 
 def times_slower(compare: Callable[..., dict[str, Any]], *given: str) -> dict[str, Any]:
-    """Facts for extra_info: what `compare` says in a new process, and in one where malloc keeps what is freed.
+    """Facts for extra_info: what `compare` says in a new process, and in one where malloc holds a gigabyte of pages.
 
     In this process glibc's malloc keeps more the larger the tensors that earlier benchmarks freed, so that what takes
     many new ones, as peers do, would be the faster the later it is run.
@@ -110,7 +110,7 @@ def times_slower(compare: Callable[..., dict[str, Any]], *given: str) -> dict[st
     found = {}
     for name, first in (
         ("", "pass"),
-        ("_where_malloc_keeps", "from attnbench.measure import keep_freed; keep_freed()"),
+        ("_where_malloc_holds_pages", "from attnbench.duel import reserve; reserve(2**30)"),
     ):
         told = f"from {compare.__module__} import {compare.__name__} as compare; print(json.dumps(compare(*{given!r})))"
         command = [sys.executable, "-c", f"import json; {first}; {told}"]
