@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,53 +16,57 @@ import pandas as pd
 
 from attnbench import cost, curves, frame, record
 from attnbench.errors import Refusal
-from attnbench.frame import number, part, place
+from attnbench.frame import number, part
 
 
 def costs(results: Path) -> pd.DataFrame:
     """C1, C5: how each cost grows with the number of tokens, and the side from which it is below the baseline's.
 
     Of cells measured by turns with the baseline, n turns at least: the ratio is at the largest side that both reached,
-    `ratio_at_side`. `given_up`: the sides of cells that did not end, and how. Cells of different machines, or with
-    other numbers of threads, are kept apart.
+    `ratio_at_side`. The exponent is that of `exponent_sides`. `given_up`: the sides of cells that did not end, and how;
+    a phase that had ended by then is there. Cells of different machines, or with other numbers of threads, are kept
+    apart; of anyone's own attention those of its latest code are shown.
     """
-    machines: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
-    for done in record.read_all(results, cost.ROOM)[0]:
-        machines.setdefault(place(done), []).append(done)
     rows = []
-    for (machine, threads), cells in machines.items():
+    for (machine, threads), cells in curves.by_place(record.read_all(results, cost.ROOM)[0]).items():
         given_up, measured = _given_up(cells), set()
-        for curve in curves.curves([done for done in cells if done.get("status") == "ok"]):
+        for curve in curves.curves(cells):
             measured.add((curve.label, curve.scope))
+            reached = {point["side"] for point in curve.points}
+            left = given_up.get((curve.label, curve.scope), {})
             fit, ratio = curve.fit, curve.ratios[-1] if curve.ratios else None
             rows.append({
                 "setting": curve.label, "scope": curve.scope, "cost": curve.cost,
-                "sides": _span([point["side"] for point in curve.points]),
+                "sides": _span(curve.points), "exponent_sides": _span(curve.fitted) if curve.fit else None,
                 "n": min(point["n"] for point in curve.points),
                 "exponent": fit and fit.value, "exponent_low": fit and fit.low, "exponent_high": fit and fit.high,
                 "last_exponent": curve.last,
                 "ratio_to_baseline": ratio and ratio.median, "ratio_at_side": ratio and ratio.side,
-                "cheaper_from_side": curve.cheaper_from, "given_up": given_up.get((curve.label, curve.scope)),
+                "cheaper_from_side": curve.cheaper_from, "given_up": _told(left, reached),
                 "machine": machine, "threads": threads,
             })  # fmt: skip
         for label, scope in given_up.keys() - measured:
-            nothing = {"setting": label, "scope": scope, "given_up": given_up[label, scope]}
+            nothing = {"setting": label, "scope": scope, "given_up": _told(given_up[label, scope])}
             rows.append(nothing | {"machine": machine, "threads": threads})
     return _sorted(rows, ["machine", "threads", "scope", "cost", "setting"])
 
 
-def _given_up(cells: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
+def _given_up(cells: list[dict[str, Any]]) -> dict[tuple[str, str], dict[Any, str]]:
     """By label and scope: the sides that did not end, with their status."""
-    found: dict[tuple[str, str], list[str]] = {}
+    found: dict[tuple[str, str], dict[Any, str]] = {}
     for done in sorted(cells, key=lambda done: float(number(done.get("side")) or 0)):
         if done.get("status") != "ok":
-            sides = found.setdefault((curves.label(done), str(done.get("scope"))), [])
-            sides.append(f"{done.get('side')} ({done.get('status')})")
-    return {names: ", ".join(sides) for names, sides in found.items()}
+            found.setdefault((curves.label(done), str(done.get("scope"))), {})[done.get("side")] = str(done["status"])
+    return found
 
 
-def _span(sides: list[int]) -> str:
-    return str(sides[0]) if len(sides) == 1 else f"{sides[0]}–{sides[-1]}"
+def _told(given_up: dict[Any, str], reached: Collection[int] = ()) -> str | None:
+    return ", ".join(f"{side} ({how})" for side, how in given_up.items() if side not in reached) or None
+
+
+def _span(points: list[dict[str, Any]]) -> str:
+    first, last = points[0]["side"], points[-1]["side"]
+    return str(first) if first == last else f"{first}–{last}"
 
 
 def surgery(results: Path) -> pd.DataFrame:

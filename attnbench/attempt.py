@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from pydantic import ByteSize, PositiveFloat, TypeAdapter, field_validator
+from pydantic import PositiveFloat, TypeAdapter, field_validator
 
 from attnbench import measure, record
 from attnbench.cell import STOPPED, TAIL, Order
 from attnbench.claim import Claim
-from attnbench.config import Settings
+from attnbench.config import Memory, Settings, size_of
 from attnbench.errors import Refusal
 from attnbench.suite import Cell
 
@@ -47,18 +47,11 @@ _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 class LimitsConfig(Settings):
     """What a cell may use before it is ended. Not part of a run's identity."""
 
-    memory: str | None = None
+    memory: Memory | None = None
     """Bytes that a cell may have beyond what its libraries take, such as 4GB: on CPU of the process (Linux only;
     more than the measured peak of training, for malloc keeps some of what is freed), on CUDA of the GPU."""
     time: str | None = None
     """How long a try may take, such as 90s, 30m or 2h; a further try goes on from where it stood."""
-
-    @field_validator("memory")
-    @classmethod
-    def _size(cls, value: str | None) -> str | None:
-        if value is not None and TypeAdapter(ByteSize).validate_python(value) <= 0:
-            raise ValueError("a limit is more than nothing")
-        return value
 
     @field_validator("time")
     @classmethod
@@ -70,7 +63,7 @@ class LimitsConfig(Settings):
     @property
     def bytes(self) -> int | None:
         """The limit of memory."""
-        return None if self.memory is None else int(TypeAdapter(ByteSize).validate_python(self.memory))
+        return None if self.memory is None else size_of(self.memory)
 
     @property
     def seconds(self) -> float:

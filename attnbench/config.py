@@ -12,10 +12,12 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    ByteSize,
     ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
+    TypeAdapter,
     ValidationInfo,
     model_validator,
 )
@@ -25,9 +27,8 @@ Scalar = bool | int | float | str
 
 def _whole_numbers(text: str, info: ValidationInfo) -> str:
     if not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")):
-        raise ValueError(
-            f"{info.field_name} {text!r} are not whole numbers; write them with commas between, such as 1,2,3"
-        )
+        wrong = f"{info.field_name} {text!r} are not whole numbers of at least 1"
+        raise ValueError(f"{wrong}; write them with commas between, such as 1,2,3")
     return text
 
 
@@ -38,6 +39,21 @@ WholeNumbers = Annotated[str, AfterValidator(_whole_numbers)]
 def numbers(text: WholeNumbers) -> list[int]:
     """Each of them once, in their order."""
     return list(dict.fromkeys(int(part) for part in text.split(",")))
+
+
+def size_of(text: str) -> int:
+    """Bytes, of a size as people write it: 80GB, 24GiB.  Raises ValueError."""
+    return int(TypeAdapter(ByteSize).validate_python(text))
+
+
+def _memory(text: str) -> str:
+    if size_of(text) < 1:
+        raise ValueError("a size in bytes must be above 0; write such as 24GB")
+    return text
+
+
+Memory = Annotated[str, AfterValidator(_memory)]
+"""A size in bytes, as people write it."""
 
 
 class Settings(BaseModel):

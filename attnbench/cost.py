@@ -13,14 +13,25 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ByteSize, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from attnbench import cli
-from attnbench.config import ModelConfig, RunConfig, Scalar, Settings, TrainConfig
-from attnbench.curves import BATCH, PRECISION, SHAPE, curves, label, quartiles, rival_label
+from attnbench import cli, schema
+from attnbench.config import (
+    Memory,
+    ModelConfig,
+    RunConfig,
+    Scalar,
+    Settings,
+    TrainConfig,
+    WholeNumbers,
+    numbers,
+    size_of,
+    threads,
+)
+from attnbench.curves import BATCH, PRECISION, SHAPE, by_place, curves, label, quartiles, rival_label
 from attnbench.errors import Refusal, nearest
 from attnbench.plan import PRESETS
 
@@ -35,6 +46,9 @@ WIDTH = 150
 PEAKS = 4
 """Peaks of a cell that malloc holds before it is timed: the subject's and the baseline's tensors, and gaps between."""
 
+LONGEST = 10**6
+"""Seconds: no process is waited for longer than eleven days."""
+
 LEFT = "not run"
 """What the table says of a cell for which a suite's seconds did not suffice; it is no record's status."""
 
@@ -46,33 +60,29 @@ class CostConfig(Settings):
 
     variants: str = "all"
     """Names, separated by commas; the default variant is the baseline of every ratio."""
-    sides: str = "16,32,64,128,256"
+    sides: WholeNumbers = "16,32,64,128,256"
     """Sides of the image, separated by commas."""
     suite: str | None = None
-    """Cells that are declared in a file of attnbench/costs: gpu."""
+    """Cells that are declared in a file of attnbench/costs, gpu, and with them all settings but --out and --force."""
     batch: PositiveInt = BATCH
     """Images at a time."""
     budget: PositiveFloat = 3.0
     """Seconds of timing a cell and scope."""
-    limit: PositiveFloat = 60.0
+    limit: Annotated[PositiveFloat, Field(le=LONGEST)] = 60.0
     """Seconds after which a cell is given up."""
-    memory: str = "8GB"
+    memory: Memory = "8GB"
     """Bytes that a cell may use."""
     out: Path = Path("results")
     """Folder of results."""
     force: bool = False
     """Measure again what is measured."""
 
-    @field_validator("memory")
-    @classmethod
-    def _size(cls, value: str) -> str:
-        TypeAdapter(ByteSize).validate_python(value)
-        return value
-
-    @property
-    def bytes(self) -> int:
-        """The memory limit."""
-        return int(TypeAdapter(ByteSize).validate_python(self.memory))
+    @model_validator(mode="after")
+    def _suite_alone(self) -> CostConfig:
+        told = [f"--{name}" for name in self.model_dump(exclude_defaults=True, exclude={"suite", "out", "force"})]
+        if self.suite is not None and told:
+            raise ValueError(f"suite {self.suite} says that itself; leave out {', '.join(told)}, or --suite")
+        return self
 
 
 class CellsConfig(Settings):
@@ -101,7 +111,7 @@ class CostSuite(Settings):
     """Seconds of timing a cell, in place of --budget."""
     limit: PositiveFloat
     """Seconds after which a cell is given up, in place of --limit."""
-    memory: str
+    memory: Memory
     """Bytes that a cell may use, in place of --memory."""
     precision: Literal["float32", "bfloat16"] = "float32"
     cells: tuple[CellsConfig, ...] = Field(min_length=1)
@@ -123,6 +133,7 @@ class Cell:
 
         told = {"side": self.side, "scope": self.scope, **self.config.identity(exclude_defaults=True)}
         told |= {} if self.decoding else {"decoding": False}
+        told |= {} if self.config.code is None else {"code": self.config.code}
         digest = hashlib.sha256(record.canonical(told)).hexdigest()[:10]
         return f"{record._slug(self.config.variant)}-{self.scope}-{self.side}-{digest}"
 
@@ -134,9 +145,12 @@ def suite(name: str) -> CostSuite:
         known = sorted(p.stem for p in FOLDER.glob("*.yaml"))
         raise Refusal(f"there is no cost suite {name!r}; {nearest(name, known)}")
     try:
-        return CostSuite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (ValidationError, yaml.YAMLError) as error:
-        raise Refusal(f"{path.name}: {str(error).splitlines()[0]}; mend the file") from error
+        return CostSuite.model_validate(yaml.load(path.read_text(encoding="utf-8"), schema.Loader))
+    except yaml.YAMLError as error:
+        raise Refusal(f"{path.name}: {schema.yaml_cause(error)}; mend the file") from error
+    except ValidationError as error:
+        where, text = schema.wrong(error)
+        raise Refusal(f"{path.name}: {'.'.join(where)}: {text}; mend the file") from error
 
 
 def cells(config: CostConfig) -> list[Cell]:
@@ -147,27 +161,13 @@ def cells(config: CostConfig) -> list[Cell]:
     import models
     from attnbench import variants
 
-    names = list(models.VARIANTS) if config.variants == "all" else config.variants.split(",")
-    for name in names:
-        variants.find(name)
-    baseline = RunConfig().variant
-    sides = sorted(_sides(config.sides))
-    ordered = [baseline, *(n for n in names if n != baseline)]
-    found = [_cell(name, side, scope, config.batch) for scope in _SCOPES for name in ordered for side in sides]
+    named = list(models.VARIANTS) if config.variants == "all" else [n.strip() for n in config.variants.split(",")]
+    names, sides = dict.fromkeys([RunConfig().variant, *named]), sorted(numbers(config.sides))
+    found = [_cell(name, side, scope, config.batch) for scope in _SCOPES for name in names for side in sides]
     return [cell for cell in found if cell.scope == "step" or variants.attends(cell.config.variant)]
 
 
 _SCOPES: tuple[Scope, ...] = ("attention", "step")
-
-
-def _sides(text: str) -> set[int]:
-    try:
-        sides = {int(word) for word in text.split(",")}
-    except ValueError:
-        raise Refusal(f"--sides {text!r} are no whole numbers; write --sides 16,32,64") from None
-    if min(sides) < 1:
-        raise Refusal(f"--sides {text!r}: a side is at least 1; write --sides 16,32,64")
-    return sides
 
 
 def _declared(block: CellsConfig, declared: CostSuite) -> Iterator[Cell]:
@@ -186,7 +186,8 @@ def _cell(name: str, side: int, scope: Scope, batch: int, shape: dict[str, int] 
     from attnbench import variants
 
     train = TrainConfig(batch=batch, precision=PRECISION)
-    config = RunConfig(variant=name, model=ModelConfig(**shape), train=train, device="cpu")  # type: ignore[arg-type]
+    model = ModelConfig(**shape)  # type: ignore[arg-type]
+    config = RunConfig(variant=name, code=variants.code(name), model=model, train=train, device="cpu")
     return Cell(variants.with_objective(config), side, scope)
 
 
@@ -197,42 +198,49 @@ def measured(cell: Cell, limits: CostConfig, baseline: bool, ends: float = math.
     """The cell's record without its provenance: status, reason, metrics. Never raises for what does not fit.
 
     `baseline`: whether the baseline is timed by turns with it. `ends`: when all is given up, in seconds since 1970.
+    Of a cell that does not end, the phases that did are there.
     """
-    from attnbench import measure
+    from attnbench import duel, measure
 
     request = measure.Request(cell.config, cell.side, cell.side, VOCAB)
-    told: dict[str, Any] = {"request": request.dump(), "scope": cell.scope, "memory": limits.bytes}
+    told: dict[str, Any] = {"request": request.dump(), "scope": cell.scope, "memory": size_of(limits.memory)}
     rival = _rival(cell) if baseline else None
     told |= {"budget": limits.budget, "baseline": rival and rival.dump(), "decoding": cell.decoding, "graphs": True}
-    metrics: dict[str, Any] = {"peak_bytes": None}
+    known: dict[str, Any] = {"peak_bytes": None, "backend": None, "phases": {}, "flops": {}}
+    status = "ok"
+    reasons: list[str] = []
     try:
-        if cell.config.device == "cuda":
-            found, left_out = _timed("both", told, limits, ends)
-            metrics["peak_bytes"] = found["peak_bytes"]
-        else:
-            metrics["peak_bytes"] = _ask("memory", told, limits, ends)["peak_bytes"]
-            told["reserve"] = min(PEAKS * metrics["peak_bytes"], limits.bytes // 2)
-            found, left_out = _timed("time", told, limits, ends)
+        if cell.config.device != "cuda":
+            _ask("memory", told, limits, ends, known)
+            held = PEAKS * known["peak_bytes"]  # large tensors have pages of their own beside what malloc holds
+            told["reserve"] = max(0, min(held, told["memory"] - held))
+        _time(told | {"kind": "both" if cell.config.device == "cuda" else "time"}, limits, ends, known, reasons)
     except measure.ChildFailed as failed:
-        return {"status": _status(failed), "reason": str(failed)[:500], "backend": None, "metrics": metrics}
-    reason = {"reason": "; ".join(left_out)[:500]} if left_out else {}
-    return {"status": "ok", **reason, "backend": found["backend"], "metrics": metrics | _rates(found, cell)}
+        status = _status(failed)
+        reasons.append(str(failed))
+        if duel.OracleMissed.__name__ in "\n".join(failed.tail):  # what it needs is not the variant's cost
+            known["peak_bytes"] = None
+    why = {"reason": "; ".join(reasons)[:500]} if reasons else {}
+    metrics = {"peak_bytes": known["peak_bytes"]} | _rates(known, cell)
+    return {"status": status, **why, "backend": known["backend"], "metrics": metrics}
 
 
-def _timed(kind: str, told: dict[str, Any], limits: CostConfig, ends: float) -> tuple[dict[str, Any], list[str]]:
-    """What a child answers, and what it was not asked for again: CUDA graphs, the baseline. Raises ChildFailed.
+def _time(told: dict[str, Any], limits: CostConfig, ends: float, known: dict[str, Any], left_out: list[str]) -> None:
+    """Adds to what is known every phase, and what a child was not asked for again: CUDA graphs, pages that malloc
+    holds, the baseline. Raises ChildFailed.
 
     Two may not fit where one does; and a process in which a capture failed can go on with nothing.
     """
     from attnbench import duel, measure
 
-    left_out: list[str] = []
     while True:
         try:
-            return _ask(kind, told, limits, ends), left_out
+            return _ask(told["kind"], told | {"known": [*known["phases"]]}, limits, ends, known)
         except measure.ChildFailed as failed:
             if told["graphs"] and duel.Uncaptured.__name__ in "\n".join(failed.tail):
                 without = "graphs"
+            elif told.get("reserve") and _status(failed) == "oom":
+                without = "reserve"
             elif told["baseline"]:
                 without = "baseline"
             else:
@@ -241,13 +249,21 @@ def _timed(kind: str, told: dict[str, Any], limits: CostConfig, ends: float) -> 
             left_out.append(f"without {without}: {failed}")
 
 
-def _ask(kind: str, told: dict[str, Any], limits: CostConfig, ends: float) -> dict[str, Any]:
-    """What a child answers within the cell's limit and before `ends`. Raises ChildFailed."""
+def _ask(kind: str, told: dict[str, Any], limits: CostConfig, ends: float, known: dict[str, Any]) -> None:
+    """Adds to what is known a child's answer within the cell's limit and before `ends`. Raises ChildFailed."""
     from attnbench import measure
 
     now = time.time()
     limit = max(0.0, min(limits.limit, ends - now))
-    return measure.in_child(f"attnbench.duel:{kind}", told | {"deadline": now + limit}, limit)
+    deadline = now + limit - max(2.0, limit / 20)  # it must have answered and ended by the limit
+    failure = None
+    try:
+        answer = measure.in_child(f"attnbench.duel:{kind}", told | {"deadline": deadline}, limit)
+    except measure.ChildFailed as failed:
+        answer, failure = failed.answer or {}, failed
+    known |= answer | {"phases": known["phases"] | answer.get("phases", {})}
+    if failure is not None:
+        raise failure
 
 
 def _status(failed: Any) -> str:
@@ -257,7 +273,7 @@ def _status(failed: Any) -> str:
 
 
 def _rates(found: dict[str, Any], cell: Cell) -> dict[str, Any]:
-    """The phases' timings, each with its FLOP/s as a share of the matrix product's."""
+    """The phases' timings, each with its FLOP/s as a share of the matrix product's; nothing where there are none."""
     from attnbench import duel
 
     size = duel.product_flops(cell.config.device)
@@ -266,7 +282,7 @@ def _rates(found: dict[str, Any], cell: Cell) -> dict[str, Any]:
         if flops:
             own, product = flops / timings["own"]["median"], size / timings["product"]["median"]
             timings |= {"flops_per_second": own, "share_of_product": own / product}
-    return {"phases": found["phases"], "flops": found["flops"]}
+    return {"phases": found["phases"], "flops": found["flops"]} if found["phases"] else {}
 
 
 def _rival(cell: Cell) -> Any:
@@ -277,21 +293,21 @@ def _rival(cell: Cell) -> Any:
     if cell.config.variant == name:
         return None
     model = cell.config.model.model_copy(update={"options": {}, "backend": "auto", "objective": "ar"})
-    config = cell.config.model_copy(update={"variant": name, "model": model})
+    config = cell.config.model_copy(update={"variant": name, "code": None, "model": model})
     return measure.Request(config, cell.side, cell.side, VOCAB)
 
 
 def too_large(cell: Cell, limits: CostConfig) -> str | None:
     """Why the cell is not even tried, by plan; None if it may fit."""
-    from attnbench import measure, predict, trace
+    from attnbench import measure, predict
 
     if cell.scope == "attention" or cell.config.device == "cuda":
         return None  # there an allocator refuses at once what does not fit
     try:
         need = predict.peak_bytes(measure.Request(cell.config, cell.side, cell.side, VOCAB))
-    except trace.TooLong:  # then the child's own limit decides
+    except Exception:  # too long to trace, or an own attention that fails: the child says how
         return None
-    return None if need <= limits.bytes else f"needs {need / 1e9:,.1f} GB by plan, more than {limits.memory}"
+    return None if need <= size_of(limits.memory) else f"needs {need / 1e9:,.1f} GB by plan, more than {limits.memory}"
 
 
 def refused(cell: Cell) -> str | None:
@@ -355,6 +371,7 @@ def _identity(cell: Cell) -> dict[str, Any]:
         "id": cell.id,
         "kind": "cost",
         "variant": cell.config.variant,
+        **({} if cell.config.code is None else {"code": cell.config.code}),
         "family": models.VARIANTS[cell.config.variant].family,
         "scope": cell.scope,
         "side": cell.side,
@@ -375,7 +392,7 @@ def _print(records: Sequence[dict[str, Any]]) -> None:
     for r in records:
         phases = r["metrics"].get("phases", {})
         peak = f"{r['metrics']['peak_bytes'] / 1e6:,.1f}" if r["metrics"]["peak_bytes"] else ""
-        if not phases:
+        if r["status"] != "ok":
             cost.add_row(label(r), r["scope"], str(r["side"]), r["status"], "", r.get("reason", ""), "", "", "", peak)
         for phase, t in phases.items():
             own, ratio = t["own"], t.get("ratio")
@@ -385,17 +402,26 @@ def _print(records: Sequence[dict[str, Any]]) -> None:
             against = f"{ratio['median']:.3f}" if ratio else ""
             row = (f"{own['median'] * 1e3:,.2f}", spread, str(own["n"]), share, against, peak)
             cost.add_row(label(r), r["scope"], str(r["side"]), phase, *row)
-    fits = Table("variant", "scope", "cost", "exponent in n", "95 %", "points", "last two", "cheaper from image side")
+    console = Console()
+    console.width = max(console.width, WIDTH)  # a figure that is cut is no figure
+    console.print(cost)
+    for (machine, count), cells in by_place(records).items():
+        console.print(_fits(cells, f"{machine}, threads: {count}"))
+
+
+def _fits(records: Sequence[dict[str, Any]], title: str) -> Any:
+    """How each cost grows, of the cells of one place."""
+    from rich.table import Table
+
+    columns = "variant", "scope", "cost", "exponent in n", "95 %", "points", "last two", "cheaper from image side"
+    fits = Table(*columns, title=title, title_justify="left")
     for curve in curves(records):
         fit = curve.fit
         between = "" if fit is None or fit.low is None else f"{fit.low:.2f} to {fit.high:.2f}"
         slope, last = ("" if value is None else f"{value:.2f}" for value in (fit and fit.value, curve.last))
-        found = slope, between, str(len(curve.points)), last, curve.cheaper_from or ""
+        found = slope, between, str(len(curve.fitted)), last, curve.cheaper_from or ""
         fits.add_row(curve.label, curve.scope, curve.cost, *found)
-    console = Console()
-    console.width = max(console.width, WIDTH)  # a figure that is cut is no figure
-    console.print(cost)
-    console.print(fits)
+    return fits
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -407,8 +433,11 @@ def main(argv: list[str] | None = None) -> int:
             _need_cuda(config.suite)
         config = config.model_copy(update=declared.model_dump(include={"budget", "limit", "memory"}))
     todo = cells(config)
+    import torch
+
     from attnbench import storage
 
+    torch.set_num_threads(threads())  # what the records say is what the children use
     storage.check_writable(config.out)
 
     def say(cell: Cell, done: dict[str, Any]) -> None:

@@ -42,6 +42,21 @@ def rival_label(record: dict[str, Any]) -> str:
     return label({"variant": RunConfig().variant, "config": config | {"model": model}})
 
 
+def by_place(records: Sequence[dict[str, Any]]) -> dict[tuple[str, float | None], list[dict[str, Any]]]:
+    """(machine, threads) -> its cells, which alone make a curve; of an own attention those of its latest code."""
+    from attnbench import frame
+
+    found: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
+    latest: dict[tuple[Any, ...], Any] = {}
+    for done in sorted(records, key=lambda done: str(frame.part(done, "environment").get("time"))):
+        found.setdefault(frame.place(done), []).append(done)
+        latest[frame.place(done), done.get("variant")] = done.get("code")
+    return {
+        place: [done for done in cells if done.get("code") == latest[place, done.get("variant")]]
+        for place, cells in found.items()
+    }
+
+
 def series(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
     """(label, scope, phase or "memory") -> its points: side, tokens, cost, n, ratio to the baseline (Ratio or None).
 
@@ -86,16 +101,21 @@ def quartiles(timing: dict[str, Any]) -> tuple[float | None, float | None]:
     return (timing["low"], timing["high"]) if timing["n"] > 1 else (None, None)
 
 
+FROM = 1024
+"""Tokens from which on the exponent is fitted, where three sides or more have as many: in fewer, constants weigh."""
+
+
 class Curve(NamedTuple):
     """How one cost grows: its points by tokens, its exponent, its ratios to the baseline, and from where it is less.
 
-    last: the exponent between the two largest sides alone.
+    fitted: the points of the exponent; last: the exponent between the two largest sides alone.
     """
 
     label: str
     scope: str
     cost: str
     points: list[dict[str, Any]]
+    fitted: list[dict[str, Any]]
     fit: Exponent | None
     last: float | None
     ratios: list[Ratio]
@@ -106,7 +126,9 @@ def curves(records: Sequence[dict[str, Any]]) -> Iterator[Curve]:
     """One for each series."""
     for names, found in series(records).items():
         points = sorted(found, key=lambda point: float(point["tokens"]))
-        grown = [p["tokens"] for p in points], [p["cost"] for p in points]
+        large = [point for point in points if point["tokens"] >= FROM]
+        fitted = large if len(large) >= 3 else points
+        grown = [p["tokens"] for p in fitted], [p["cost"] for p in fitted]
         ratios = [p["ratio"] for p in points if p["ratio"]]
         cheaper_from = crossover(ratios).text() if ratios else None
-        yield Curve(*names, points, exponent(*grown), last_exponent(*grown), ratios, cheaper_from)
+        yield Curve(*names, points, fitted, exponent(*grown), last_exponent(*grown), ratios, cheaper_from)

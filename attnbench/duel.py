@@ -11,17 +11,17 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attnbench import measure, train, variants
-from attnbench.clock import Stopwatch
+from attnbench import measure, predict, train, variants
+from attnbench.clock import Stopwatch, seconds_of
 from attnbench.config import RunConfig
 from attnbench.measure import PeakMeter, Request, Timing
 from attnbench.optimiser import make_optimiser
@@ -30,8 +30,11 @@ from models import Layer, Mixer
 PRODUCT = 1024
 """Rows and columns of the yardstick's matrices."""
 
-LOW = 0.02
-"""How far a result in low precision may be from the oracle."""
+ORACLE = 11, 13
+"""The grid on which oracles are asked: more slots than two of the blocks that kernels work in."""
+
+EXACT, LOW = 1e-9, 0.02
+"""How far results may be from the oracle's, in float64 and in low precision: the norm of what differs, of the whole."""
 
 WARMUPS = 3
 """Passes before a CUDA graph is captured."""
@@ -44,6 +47,10 @@ PIECE = 2**24
 
 Phases = dict[str, Callable[[], float]]
 """Phase -> a call that returns its seconds, of a layer or of a step."""
+
+
+class OracleMissed(AssertionError):
+    """An attention that does not compute what it stands for; it is not timed."""
 
 
 class Uncaptured(Exception):
@@ -59,9 +66,16 @@ class Inputs:
     v: Tensor
     extras: dict[str, Any]
 
-    def leaves(self) -> list[Tensor]:
-        """The tensors that backward gives gradients for."""
-        return [self.q, self.k, self.v, *(x for x in self.extras.values() if isinstance(x, Tensor))]
+    def leaves(self) -> dict[str, Tensor]:
+        """The tensors that backward gives gradients for, by name."""
+        tensors = {name: x for name, x in self.extras.items() if isinstance(x, Tensor)}
+        return {"q": self.q, "k": self.k, "v": self.v, **tensors}
+
+    def wide(self) -> Inputs:
+        """The same in float64, as leaves of their own."""
+        leaves = {name: x.detach().double().requires_grad_() for name, x in self.leaves().items()}
+        extras = {name: leaves.get(name, x) for name, x in self.extras.items()}
+        return Inputs(leaves["q"], leaves["k"], leaves["v"], extras)
 
     def slot(self, t: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """One slot of everything."""
@@ -69,39 +83,42 @@ class Inputs:
         return self.q[:, :, t : t + 1], self.k[:, :, t : t + 1], self.v[:, :, t : t + 1], extras
 
 
-def time_cell(told: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of every phase, of the variant and (if `baseline` is given) of the baseline, and of the matrix product.
+def time_cell(told: dict[str, Any]) -> Iterator[measure.Answer]:
+    """Seconds of every phase, of the variant and (if `baseline` is given) of the baseline, and of the matrix product;
+    again after each phase, so that one which does not end loses none before it.
 
     told: `request`, `scope` ("attention" or "step"), `baseline` (a request or None), `budget` seconds, `memory` bytes,
     `decoding`, whether that is timed too, `graphs`, whether CUDA replays the passes, `deadline`, in seconds since 1970,
-    `reserve`, the bytes that malloc is to hold.  Raises AssertionError where an oracle is missed, Uncaptured.
+    `reserve`, the bytes that malloc is to hold, `known`, phases to leave out.  Raises OracleMissed, Uncaptured.
     """
     request = Request.parse(told["request"])
     limit_memory(told.get("memory"), request.config.device)
-    reserve(told.get("reserve", 0))
+    reserve(told.get("reserve") or 0)
     how = told["scope"], told.get("decoding", True), told.get("graphs", True)
     own = subject_of(request, *how)
-    sides = {"own": own.phases}
+    sides = {"own": {phase: call for phase, call in own.phases.items() if phase not in told.get("known", ())}}
     if told.get("baseline"):
         sides["baseline"] = subject_of(Request.parse(told["baseline"]), *how).phases
     yardstick = product(request.config.device, request.config.train.precision)
-    found = by_turns(sides, yardstick, told["budget"], told.get("deadline", math.inf) - time.time())
-    backends = dict.fromkeys(str(module.backend) for module in own.modules)
-    return {"phases": found, "flops": _flops(request, told["scope"]), "backend": " and ".join(backends)}
+    known: measure.Answer = {"phases": {}, "flops": _flops(request, told["scope"])}
+    for phase, timings in by_turns(sides, yardstick, told["budget"], told.get("deadline", math.inf) - time.time()):
+        known["phases"][phase] = timings
+        backends = dict.fromkeys(str(module.backend) for module in own.modules)
+        yield known | {"backend": " and ".join(backends)}
 
 
 def by_turns(
     sides: dict[str, Phases], yardstick: Callable[[], float], budget: float, limit: float = math.inf
-) -> dict[str, Any]:
-    """Every phase of every side in turn, again and again: {phase: {side: timing, "ratio": timing, "product": timing}}.
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """One phase after another, every side in turn, again and again: phase, {side, "ratio" and "product": timing}.
 
     A ratio is taken within a turn, own over baseline, so that what slows a whole turn slows both. No turn but the first
     begins that might not end within `limit` seconds, of which each phase has its share of what the ones before left.
     """
-    seconds: dict[str, dict[str, list[float]]] = {phase: {} for phase in sides["own"]}
-    whole, share = Stopwatch(), budget / len(seconds)
-    for done, (phase, kept) in enumerate(seconds.items()):
-        ends = whole.seconds + (limit - whole.seconds) / (len(seconds) - done)
+    whole, share, phases = Stopwatch(), budget / max(1, len(sides["own"])), list(sides["own"])
+    for done, phase in enumerate(phases):
+        kept: dict[str, list[float]] = {}
+        ends = whole.seconds + (limit - whole.seconds) / (len(phases) - done)
         for calls in sides.values():
             calls[phase]()  # warm-up
         watch, turns = Stopwatch(), 0
@@ -115,7 +132,7 @@ def by_turns(
             turns += 1
         if "baseline" in kept:
             kept["ratio"] = [a / b for a, b in zip(kept["own"], kept["baseline"], strict=True)]
-    return {phase: {side: _timing(v) for side, v in kept.items()} for phase, kept in seconds.items()}
+        yield phase, {side: _timing(values) for side, values in kept.items()}
 
 
 def _timing(values: list[float]) -> dict[str, Any]:
@@ -139,9 +156,10 @@ def peak_cell(told: dict[str, Any]) -> dict[str, Any]:
     return {"peak_bytes": meter.bytes()}
 
 
-def both_cell(told: dict[str, Any]) -> dict[str, Any]:
+def both_cell(told: dict[str, Any]) -> Iterator[measure.Answer]:
     """What `peak_cell` and then `time_cell` say, where memory is counted by an allocator: the libraries load once."""
-    return peak_cell(told) | time_cell(told)
+    yield (peak := peak_cell(told))
+    yield from (peak | known for known in time_cell(told))
 
 
 def limit_memory(size: int | None, device: str = "cpu") -> None:
@@ -173,7 +191,7 @@ def product(device: str, precision: str) -> Callable[[], float]:
     """Seconds of a PRODUCT³ matrix product in the precision of the cell."""
     size = PRODUCT if device == "cpu" else 8 * PRODUCT
     matrix = torch.randn(size, size, device=device, dtype=getattr(torch, precision))
-    return lambda: measure._seconds(lambda: matrix @ matrix, device)
+    return lambda: seconds_of(lambda: matrix @ matrix, device)
 
 
 def product_flops(device: str) -> int:
@@ -189,28 +207,47 @@ class Subject(NamedTuple):
 
 
 def subject_of(request: Request, scope: str, decoding: bool = True, graphs: bool = True) -> Subject:
-    """The subject of a cell. Raises AssertionError where the oracle is missed, Uncaptured."""
-    check_oracle(request)
+    """The subject of a cell. Raises OracleMissed, Uncaptured."""
+    check_oracle(request, decoding)
     return _attention(request, decoding, graphs) if scope == "attention" else _step(request)
 
 
-def check_oracle(request: Request) -> None:
-    """Every attention of the trunk against its float64 oracle on a 5 × 7 grid. Raises AssertionError.
+def check_oracle(request: Request, decoding: bool = True) -> None:
+    """Every attention of the trunk against its float64 oracle, two heads on a small grid: what comes out, the gradients
+    and, slot by slot, what decoding gives. Raises OracleMissed.
 
-    On a CPU in float64 too; on CUDA as it will be timed, for what runs there may know no other dtype: within LOW of the
-    largest value. A model of its own has none.
+    On a CPU in float64 too; on CUDA as it will be timed, for what runs there may know no other dtype. A model of its
+    own has none.
     """
-    if not variants.attends(request.config.variant):
+    config = request.config
+    if not variants.attends(config.variant):
         return
-    on_cuda = request.config.device == "cuda"
-    shared, given = attentions(Request(request.config, 5, 7, 5), None if on_cuda else torch.float64)
-    wide = {name: x.double() if isinstance(x, Tensor) else x for name, x in given.extras.items()}
+    heads = min(2, config.model.heads)
+    narrow = config.model.model_copy(update={"heads": heads, "dim": heads * config.model.dim // config.model.heads})
+    few = config.model_copy(update={"model": narrow, "train": config.train.model_copy(update={"batch": 2})})
+    exact = config.device != "cuda"
+    shared, given = attentions(Request(few, *ORACLE, 5), torch.float64 if exact else None)
+    wide = given.wide()
     for mixer in shared:
-        with torch.no_grad():
-            out = mixer(given.q, given.k, given.v, **given.extras).double()
-            want = mixer.oracle(given.q.double(), given.k.double(), given.v.double(), **wide)
-        bound = LOW * float(want.abs().max()) if on_cuda else 1e-9
-        torch.testing.assert_close(out, want, rtol=0.0 if on_cuda else 1e-9, atol=bound)
+        found, want = _passes(mixer, given), _passes(mixer.oracle, wide)
+        if decoding and config.model.objective == "ar":
+            with torch.no_grad():
+                found["decoding"], want["decoding"] = torch.cat([*_slots(mixer, given)], dim=2), want["output"]
+        for name, tensor in found.items():
+            off = float((tensor.double() - want[name]).norm() / want[name].norm().clamp(min=EXACT))
+            if not off <= (EXACT if exact else LOW):
+                raise OracleMissed(f"{config.variant} misses its oracle: its {name} is off by {off:.2g} of the whole")
+
+
+def _passes(attend: Callable[..., Tensor], given: Inputs) -> dict[str, Tensor]:
+    """What comes out, and the gradients, of which those that are not there are nought."""
+    out = attend(given.q, given.k, given.v, **given.extras)
+    leaves = given.leaves()
+    grads = torch.autograd.grad(out, [*leaves.values()], torch.cos(out.detach()), allow_unused=True)
+    named = zip(leaves.items(), grads, strict=True)
+    return {"output": out.detach()} | {
+        f"gradient of {name}": torch.zeros_like(leaf) if grad is None else grad for (name, leaf), grad in named
+    }
 
 
 def attentions(request: Request, dtype: torch.dtype | None = None) -> tuple[dict[Mixer, float], Inputs]:
@@ -238,22 +275,14 @@ def _shares(config: RunConfig, first: Layer, like: Tensor) -> dict[Mixer, float]
     shares: Counter[Mixer] = Counter()
     for index in range(depth):
         mixer = cls(replace(first, index=index, depth=depth), **config.model.options).to(like.device, like.dtype)
-        shares[kinds.setdefault(tuple(map(_kind, mixer.modules())), mixer)] += 1
+        shares[kinds.setdefault(tuple(map(predict.kind, mixer.modules())), mixer)] += 1
     return {mixer: count / depth for mixer, count in shares.items()}
-
-
-def _kind(module: nn.Module) -> tuple[Any, ...]:
-    """What those have in common that cost the same: class and settings; what is drawn or learned may differ."""
-    plain = bool, int, float, str, tuple, type(None)
-    return type(module), *sorted(
-        (name, repr(value)) for name, value in vars(module).items() if isinstance(value, plain)
-    )
 
 
 def _there_and_back(shared: dict[Mixer, float], given: Inputs) -> None:
     for mixer in shared:
         out = mixer(given.q, given.k, given.v, **given.extras)
-        torch.autograd.grad(out, given.leaves(), torch.ones_like(out), allow_unused=True)
+        torch.autograd.grad(out, [*given.leaves().values()], torch.ones_like(out), allow_unused=True)
         del out
 
 
@@ -268,7 +297,7 @@ def _attention(request: Request, decoding: bool, graphs: bool) -> Subject:
 
 
 def _phases(mixer: Mixer, given: Inputs, request: Request, decoding: bool, graphs: bool) -> Phases:
-    device = request.config.device
+    device, leaves = request.config.device, [*given.leaves().values()]
 
     def run() -> Tensor:
         out: Tensor = mixer(given.q, given.k, given.v, **given.extras)
@@ -276,19 +305,19 @@ def _phases(mixer: Mixer, given: Inputs, request: Request, decoding: bool, graph
 
     def forward() -> float:
         with torch.no_grad():
-            return measure._seconds(run, device)
+            return seconds_of(run, device)
 
     def backward() -> float:
         out = run()
         grad = torch.ones_like(out)
-        leaves = given.leaves()
-        return measure._seconds(lambda: torch.autograd.grad(out, leaves, grad, allow_unused=True), device)
+        again = device == "cuda"  # there the clock calls several times
+        return seconds_of(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=again, allow_unused=True), device)
 
     phases: Phases = {"forward": forward, "backward": backward}
     if device == "cuda" and graphs:
         phases = {
-            phase: lambda replay=replay: measure._seconds(replay, device)  # type: ignore[misc]
-            for phase, replay in zip(phases, _replays(run, given.leaves()), strict=True)
+            phase: lambda replay=replay: seconds_of(replay, device)  # type: ignore[misc]
+            for phase, replay in zip(phases, _replays(run, leaves), strict=True)
         }
     if decoding and request.config.model.objective == "ar":
         phases["decoding"] = lambda: _decoding(mixer, given, device)
@@ -325,16 +354,17 @@ def _replays(run: Callable[[], Tensor], leaves: list[Tensor]) -> list[Callable[[
 
 def _decoding(mixer: Any, given: Inputs, device: str) -> float:
     """Seconds of all slots, one after another."""
-    size = given.q.shape[2]
-
-    def run() -> None:
-        state = mixer.start(len(given.q), given.q)
-        for t in range(size):
-            q, k, v, extras = given.slot(t)
-            _, state = mixer.step(q, k, v, state, **extras)
-
     with torch.no_grad():
-        return measure._seconds(run, device)
+        return seconds_of(lambda: deque(_slots(mixer, given), maxlen=0), device)
+
+
+def _slots(mixer: Any, given: Inputs) -> Iterator[Tensor]:
+    """What decoding gives for each slot, (batch, heads, 1, head_dim)."""
+    state = mixer.start(len(given.q), given.q)
+    for t in range(given.q.shape[2]):
+        q, k, v, extras = given.slot(t)
+        out, state = mixer.step(q, k, v, state, **extras)
+        yield out
 
 
 def _step(request: Request) -> Subject:
@@ -347,7 +377,7 @@ def _step(request: Request) -> Subject:
     def train_once() -> object:
         return train.train_step(model, optimiser, inputs, 0, config, labels)
 
-    return Subject([model], {"training": lambda: measure._seconds(train_once, config.device)})
+    return Subject([model], {"training": lambda: seconds_of(train_once, config.device)})
 
 
 def _flops(request: Request, scope: str) -> dict[str, int]:

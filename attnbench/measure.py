@@ -20,7 +20,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +27,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from attnbench.clock import Stopwatch
+from attnbench.clock import Stopwatch, seconds_of
 from attnbench.config import RunConfig, threads
 
 if TYPE_CHECKING:
@@ -40,8 +39,9 @@ BATCHES = 4
 SAMPLED = 16
 """Images drawn at a time."""
 
-Kinds = dict[str, Callable[[dict[str, Any]], dict[str, Any]]]
-"""Kind of request -> what answers it."""
+Answer = dict[str, Any]
+Kinds = dict[str, Callable[[dict[str, Any]], Answer | Iterator[Answer]]]
+"""Kind of request -> what answers it: at once, or with what it knows so far, again and again."""
 
 _TAIL = 20
 _PROJECT = Path(__file__).resolve().parent.parent
@@ -99,13 +99,14 @@ class Timing:
 
 
 class ChildFailed(Exception):
-    """A measuring process that gave no answer: how it ended, and the last lines of what it said."""
+    """A measuring process that did not end well: how it ended, the last lines of what it said, and what it knew."""
 
-    def __init__(self, kind: str, ending: str, tail: list[str]) -> None:
+    def __init__(self, kind: str, ending: str, tail: list[str], answer: Answer | None = None) -> None:
         super().__init__(f"measuring {kind}: the process {ending}" + (f": {tail[-1].strip()}" if tail else ""))
         self.kind = kind
         self.ending = ending
         self.tail = tail
+        self.answer = answer
 
     @property
     def out_of_memory(self) -> bool:
@@ -135,7 +136,7 @@ def throughput(request: Request, budget: float = 6.0, timeout: float = 600.0) ->
 
 
 def in_child(kind: str, request: dict[str, Any], timeout: float = 600.0) -> dict[str, Any]:
-    """The answer of `python -m attnbench.measure kind` to `request`, within `timeout` seconds. Raises ChildFailed.
+    """The last answer of `python -m attnbench.measure kind` to `request`, within `timeout` seconds. Raises ChildFailed.
 
     "module:kind" asks another module that answers through `main`.
     """
@@ -151,18 +152,28 @@ def in_child(kind: str, request: dict[str, Any], timeout: float = 600.0) -> dict
             env=_environment(kind),
         )
     except subprocess.TimeoutExpired as expired:
-        said = expired.stderr or b""
-        text = said.decode(errors="replace") if isinstance(said, bytes) else said
-        raise ChildFailed(kind, f"took more than {timeout:g} s", text.splitlines()[-_TAIL:]) from None
-    tail = done.stderr.splitlines()[-_TAIL:]
+        said, known = (
+            text.decode(errors="replace") if isinstance(text, bytes) else text or ""
+            for text in (expired.stderr, expired.stdout)
+        )
+        ending = f"took more than {timeout:g} s"
+        raise ChildFailed(kind, ending, said.splitlines()[-_TAIL:], _answer(known)) from None
+    tail, answer = done.stderr.splitlines()[-_TAIL:], _answer(done.stdout)
     if done.returncode < 0:
-        raise ChildFailed(kind, f"was ended by {signal.Signals(-done.returncode).name}", tail)
+        raise ChildFailed(kind, f"was ended by {signal.Signals(-done.returncode).name}", tail, answer)
     if done.returncode > 0:
-        raise ChildFailed(kind, f"ended with exit status {done.returncode}", tail)
-    try:
-        return dict(json.loads(done.stdout.splitlines()[-1]))
-    except (IndexError, ValueError, TypeError):
-        raise ChildFailed(kind, "gave no answer", tail) from None
+        raise ChildFailed(kind, f"ended with exit status {done.returncode}", tail, answer)
+    if answer is None:
+        raise ChildFailed(kind, "gave no answer", tail)
+    return answer
+
+
+def _answer(output: str) -> Answer | None:
+    """The last whole line of a child's output that is an answer."""
+    for line in output.splitlines()[::-1]:
+        with suppress(ValueError, TypeError):
+            return dict(json.loads(line))
+    return None
 
 
 def _command(kind: str) -> list[str]:
@@ -299,25 +310,8 @@ def rates(work: Callable[[], object], images: int, budget: float, device: str = 
     watch = Stopwatch()
     with _undisturbed():
         while watch.seconds < budget * (1 if len(values) >= 3 else 4) or not values:
-            values.append(images / _seconds(work, device))
+            values.append(images / seconds_of(work, device))
     return Timing.of(values)
-
-
-def _seconds(work: Callable[[], object], device: str) -> float:
-    """Seconds of one call, all of its work on the device included."""
-    if device != "cuda":
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-    import torch
-
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    begin.record()
-    work()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1000
 
 
 @contextmanager
@@ -471,7 +465,7 @@ KINDS: Kinds = {"memory": _measure_memory, "time": _measure_time, "meter": _chec
 
 
 def main(kinds: Kinds) -> None:
-    """Answer one request. What the work prints goes to standard error; the answer is standard output's one line."""
+    """Answer one request. What the work prints goes to standard error; each answer is a line of standard output."""
     import torch
 
     answer = os.fdopen(os.dup(1), "w")
@@ -479,7 +473,8 @@ def main(kinds: Kinds) -> None:
     keep_freed()
     torch.set_num_threads(threads())
     result = kinds[sys.argv[1]](json.load(sys.stdin))
-    answer.write(json.dumps(result, allow_nan=False) + "\n")
+    for known in [result] if isinstance(result, dict) else result:
+        print(json.dumps(known, allow_nan=False), file=answer, flush=True)
     answer.close()
 
 

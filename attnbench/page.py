@@ -95,6 +95,7 @@ COLUMNS: dict[str, Column] = {
     "last_exponent_seconds_per_image": Column("of time, two largest sides", "{:.2f}".format),
     "last_exponent_train_peak_bytes": Column("of memory, two largest sides", "{:.2f}".format),
     "gap_nats_per_token": Column("what its field cannot know (nats/token)", "{:.4f}".format),
+    "exponent_sides": Column("sides of the exponent"),
     "exponent": Column("exponent", "{:.2f}".format),
     "last_exponent": Column("exponent, two largest sides", "{:.2f}".format),
     "ratio_to_baseline": Column("times the baseline's at the largest side", "{:.3g}".format),

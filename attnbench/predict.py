@@ -244,12 +244,13 @@ def _layers(request: Request) -> Counter[Any]:
     found: Counter[Any] = Counter()
     for module in root.modules():
         if module is not root:
-            found[_kind(module)] += 1
-            found[_kind(module), "elements"] += sum(p.numel() for p in module.parameters(recurse=False))
+            found[kind(module)] += 1
+            found[kind(module), "elements"] += sum(p.numel() for p in module.parameters(recurse=False))
     return found
 
 
-def _kind(module: nn.Module) -> tuple[Any, ...]:
+def kind(module: nn.Module) -> tuple[Any, ...]:
+    """What those have in common that cost the same: class and plain settings but the number of their layer."""
     settings = tuple(
         (name, value)
         for name, value in sorted(vars(module).items())

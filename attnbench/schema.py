@@ -192,13 +192,13 @@ def unchecked(config_class: type[Config], told: Mapping[str, Any]) -> Config:
 
 def explain(error: ValidationError, config_class: type[BaseModel]) -> str:
     """The first thing that a validation found wrong, with the setting's dotted name, in one line."""
-    path, text = _wrong(error)
+    path, text = wrong(error)
     if error.errors()[0]["type"] == "value_error":  # a validator's own sentence names its settings
         return text if ";" in text else f"{text}; change one of them"
     return f"--{'.'.join([*_path_of(error.title, config_class), *path])}: {text}; --help lists what it takes"
 
 
-def _wrong(error: ValidationError) -> tuple[list[str], str]:
+def wrong(error: ValidationError) -> tuple[list[str], str]:
     """Where below the validated thing the first error is, and what is wrong there."""
     errors = error.errors(include_url=False)
     first, where = errors[0], [str(part) for part in errors[0]["loc"]]
@@ -254,7 +254,7 @@ def _value(value: Any, field: FieldInfo, file: Path, path: str) -> Any:
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        below, text = _wrong(error)
+        below, text = wrong(error)
         raise Refusal(f"{file}: {'.'.join([path, *below])}: {text}; mend the file") from None
 
 

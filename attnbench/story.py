@@ -222,7 +222,7 @@ def _growth(results: Path, here: Path) -> Iterator[str]:
         costs[(costs["scope"] == scope) & (costs["cost"] == cost)].set_index("setting")
         for scope, cost in (("attention", "backward"), ("step", "training"), ("attention", "decoding"))
     )
-    shown = ["sides", "exponent", "exponent_low", "exponent_high", "last_exponent", "ratio_to_baseline",
+    shown = ["exponent_sides", "exponent", "exponent_low", "exponent_high", "last_exponent", "ratio_to_baseline",
              "given_up"]  # fmt: skip
     table = passes[shown].sort_values("exponent")
     table["step_sides"], table["step_cheaper_from_side"] = step["sides"], step["cheaper_from_side"]
@@ -230,9 +230,10 @@ def _growth(results: Path, here: Path) -> Iterator[str]:
     yield "### How cost grows"
     yield ""
     yield (
-        "The backward pass of one layer's attention: the exponent of its time in the number of pixels; and the image "
-        "side from which a whole training step, and decoding by attention alone, take less time than with "
-        f"{tables.baseline()}: interpolated, in brackets the measured sides around it. Interleaved with it, "
+        "The backward pass of one layer's attention: the exponent of its time in the number of pixels, from "
+        f"{curves.FROM:,} on where three sides have as many; and the image side from which a whole training step, and "
+        f"decoding by attention alone, take less time than with {tables.baseline()}: interpolated, in brackets the "
+        "measured sides around it. Interleaved with it, "
         f"{', '.join(f'{name} {size}' for name, size in curves.SHAPE.items())}, batch {curves.BATCH}, "
         f"{curves.PRECISION} ({machine}, threads: {threads:.0f}); [every cost apart]({here}/report/costs.md):"
     )

@@ -119,6 +119,6 @@ def cost_cell(
         "id": f"{variant}-{side}-{machine}-{threads}-{len(model)}", "kind": "cost", "variant": variant,
         "scope": "attention", "side": side, "tokens": side**2, "status": status,
         "environment": {"cpu": machine, "threads": threads}, "config": {"model": model},
-        "metrics": {"peak_bytes": None, "phases": {phase: {"own": spread, **ratio}} if status == "ok" else {}},
+        "metrics": {"peak_bytes": None, "phases": {phase: {"own": spread, **ratio}} if seconds else {}},
     }  # fmt: skip
     record.write(folder, found, room=COSTS)

@@ -101,8 +101,11 @@ CASES: dict[str, dict[str, str]] = {
     "cost": {
         "--variants densest --sides 4 --out OUT": "densest",
         "--variants ,, --sides 4 --out OUT": "variant",
-        "--variants dense1d --sides 4,x --out OUT": "write --sides 16,32,64",
+        "--variants dense1d --sides 4,x --out OUT": "write them with commas",
         "--variants dense1d --sides 0 --out OUT": "at least 1",
+        "--variants dense1d --sides 4 --memory 0 --out OUT": "must be above 0",
+        "--variants dense1d --sides 4 --limit 1e7 --out OUT": "1000000",
+        "--suite gpu --sides 4 --out OUT": "suite gpu says that itself; leave out --sides",
         "--memory 8XB": "memory",
         "--suite cpu": "did you mean 'gpu'",
         "--suite gpu": "needs a CUDA GPU",

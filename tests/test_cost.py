@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import models
-from attnbench import cost, curves, duel, measure, record, train
+from attnbench import cost, curves, frame, measure, record, variants
 from attnbench.config import RunConfig
 from attnbench.cost import CostConfig
 from attnbench.errors import Refusal
@@ -27,178 +27,29 @@ def limits(tmp_path: Path, **told: Any) -> CostConfig:
     return CostConfig(**(settings | told))
 
 
-def test_the_two_are_timed_by_turns() -> None:
-    """Each goes first every other time, the yardstick before both; the ratio is taken within a turn."""
-    log: list[str] = []
-    seconds = {"own": 0.003, "baseline": 0.001}
-
-    def call(name: str) -> float:
-        log.append(name)
-        time.sleep(0.001)
-        return seconds[name]
-
-    sides: dict[str, duel.Phases] = {name: {"forward": lambda name=name: call(name)} for name in seconds}  # type: ignore[misc]
-    found = duel.by_turns(sides, lambda: 0.002, budget=0.02)["forward"]
-    assert log[:6] == ["own", "baseline", "own", "baseline", "baseline", "own"]
-    assert found["ratio"]["median"] == pytest.approx(3.0) and found["ratio"]["n"] == found["own"]["n"] >= 3
-    assert found["product"]["median"] == 0.002
-
-
-def sleeping(seconds: float) -> duel.Phases:
-    """Two phases that take that long."""
-
-    def call() -> float:
-        time.sleep(seconds)
-        return seconds
-
-    return {"forward": call, "backward": call}
-
-
-def test_no_budget_is_too_small_for_three_turns() -> None:
-    found = duel.by_turns({"own": sleeping(0.02)}, lambda: 1.0, budget=1e-3)
-    assert [found[phase]["own"]["n"] for phase in ("forward", "backward")] == [3, 3]
-
-
-def test_the_limit_of_time_ends_the_turns_and_a_single_one_has_no_quartiles() -> None:
-    """Warm-up and turn of both phases are 0.2 s of the 0.3; without a limit the budget would be 100 turns."""
-    found = duel.by_turns({"own": sleeping(0.05)}, lambda: 1.0, budget=5.0, limit=0.3)
-    assert found["forward"]["own"] == {"median": 0.05, "low": None, "high": None, "n": 1}
-    assert found["backward"]["own"]["n"] == 1
-
-
-def test_what_slows_a_whole_turn_leaves_the_ratio() -> None:
-    """Both sides ten times as slow in every other turn: times spread, the ratio does not."""
-    turn = iter(range(10_000))
-
-    def slow(base: float) -> duel.Phases:
-        def call() -> float:
-            time.sleep(0.001)
-            return base * (10 if next(turn) // 2 % 2 else 1)
-
-        return {"forward": call}
-
-    found = duel.by_turns({"own": slow(2.0), "baseline": slow(1.0)}, lambda: 1.0, budget=0.05)["forward"]
-    assert found["own"]["high"] >= 5 * found["own"]["low"]
-    assert found["ratio"]["low"] == found["ratio"]["high"] == pytest.approx(2.0)
-
-
-def test_nothing_is_timed_before_its_oracle_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
-    (cell,) = [c for c in cost.cells(CostConfig(variants="linear", sides="4")) if c.config.variant == "linear"][:1]
-    request = measure.Request(cell.config, 4, 4, 5)
-    duel.check_oracle(request)
-    import models.linear
-
-    right = models.linear.Linear.forward
-    monkeypatch.setattr(models.linear.Linear, "forward", lambda *a, **k: right(*a, **k) * 1.001)
-    with pytest.raises(AssertionError):
-        duel.subject_of(request, "attention")
-
-
-@pytest.mark.parametrize(
-    ("variant", "options", "shares"),
-    [
-        ("dense1d", {}, {"Dense": 1.0}),
-        ("performer", {}, {"Performer": 1.0}),
-        ("axial", {}, {"row": 0.5, "col": 0.5}),
-        ("hybrid-local2d", {}, {"Local2D": 5 / 6, "Dense": 1 / 6}),
-        ("hybrid-linear", {"every": 1}, {"Linear": 0.5, "Dense": 0.5}),
-    ],
-)
-def test_attention_alone_is_the_mean_over_the_layers_of_a_trunk(
-    variant: str, options: dict[str, Any], shares: dict[str, float]
-) -> None:
-    """A layer of each kind, weighted by how many there are: FLOPs, and times that are known."""
-    (cell,) = [c for c in cost.cells(CostConfig(variants=variant, sides="6")) if c.config.variant == variant][:1]
-    config = cell.config.model_copy(update={"model": cell.config.model.model_copy(update={"options": options})})
-    request = measure.Request(config, 6, 6, 5)
-    found, _ = duel.attentions(request)
-    assert {str(getattr(mixer, "axis", type(mixer).__name__)): share for mixer, share in found.items()} == shares
-    trunk = train.make_model(config, 6, 6, 5)
-    mean = sum(mixer.flops() for mixer in trunk.mixers) / len(trunk.mixers)  # type: ignore[operator,union-attr,arg-type]
-    assert duel._flops(request, "attention")["forward"] == round(mean) * config.train.batch
-    assert set(duel.subject_of(request, "attention").phases) == {"forward", "backward", "decoding"}
-
-
-def test_the_time_of_a_layer_is_weighted_by_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    (cell,) = [c for c in cost.cells(CostConfig(variants="hybrid-local2d", sides="6")) if "hybrid" in c.id][:1]
-    seconds = {"Local2D": 6.0, "Dense": 60.0}
-    monkeypatch.setattr(duel, "_phases", lambda mixer, *_: {"forward": lambda: seconds[type(mixer).__name__]})
-    subject = duel.subject_of(measure.Request(cell.config, 6, 6, 5), "attention")
-    assert subject.phases["forward"]() == pytest.approx(15.0)
-
-
-def test_the_rehearsal_has_the_size_of_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another size loads other code, which would be counted."""
-    log: list[Any] = []
-
-    def logged(entry: Any, result: Any) -> Any:
-        log.append(entry)
-        return result
-
-    right = duel.attentions
-    monkeypatch.setattr(duel, "attentions", lambda told: logged((told.height, told.width), right(told)))
-    monkeypatch.setattr(duel, "PeakMeter", lambda device: logged("meter", measure.PeakMeter(device)))
-    (cell,) = (c for c in cost.cells(CostConfig(variants="dense1d", sides="12")) if c.scope == "attention")
-    duel.peak_cell({"request": measure.Request(cell.config, 12, 12, 5).dump(), "scope": "attention"})
-    assert log == [(12, 12), "meter", (12, 12)]
-
-
-class NoCapture:
-    """Of torch.cuda what a capture needs; its graphs cannot be made, as capture_end says of what was not permitted."""
-
-    def __init__(self, *given: Any, **told: Any) -> None:
-        pass
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        if isinstance(self, NoGraph):
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-    def wait_stream(self, other: object) -> None:
-        pass
-
-    def pool(self) -> None:
-        pass
-
-
-class NoGraph(NoCapture):
-    pass
-
-
-def test_a_pass_that_cannot_be_captured_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("Stream", "CUDAGraph", "stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, NoCapture)
-    monkeypatch.setattr(torch.cuda, "graph", NoGraph)
-    x = torch.ones(3, requires_grad=True)
-    with pytest.raises(duel.Uncaptured, match="not permitted"):
-        duel._replays(lambda: 2 * x, [x])
-
-
-def test_the_name_of_what_was_not_captured_leaves_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = "from attnbench import duel, measure", "def fail(told): raise duel.Uncaptured('x')"
-    (tmp_path / "uncaptured.py").write_text("\n".join([*lines, "measure.main({'time': fail})"]))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(measure.ChildFailed) as failed:
-        measure.in_child("uncaptured:time", {})
-    assert duel.Uncaptured.__name__ in failed.value.tail[-1]
-
-
 class Children:
-    """In place of measure.in_child: keeps what it is told, and answers unless `fails` has an ending and a last line."""
+    """In place of measure.in_child: keeps what it is told, and answers with every phase but those that are known; with
+    `done` of them, where `fails` has an ending and a last line."""
 
-    def __init__(self, fails: Callable[[dict[str, Any]], tuple[str, str] | None] = lambda told: None) -> None:
-        self.fails = fails
+    def __init__(
+        self, fails: Callable[[dict[str, Any]], tuple[str, str] | None] = lambda told: None, done: int = 0
+    ) -> None:
+        self.fails, self.done = fails, done
         self.told: list[dict[str, Any]] = []
 
     def __call__(self, kind: str, told: dict[str, Any], limit: float) -> dict[str, Any]:
         self.told.append(told | {"kind": kind.rpartition(":")[2], "limit": limit})
+        answer: dict[str, Any] = {"peak_bytes": 1}
+        if self.told[-1]["kind"] != "memory":
+            answer |= {"flops": {}, "backend": "any"}
+            timing, sides = {"median": 1.0, "low": 1.0, "high": 1.0, "n": 3}, ["own", "product"]
+            sides += ["baseline", "ratio"] if told["baseline"] else []
+            phases = [p for p in ("forward", "backward", "decoding") if p not in told["known"]]
+            answer["phases"] = {phase: {side: dict(timing) for side in sides} for phase in phases}
         if (failure := self.fails(self.told[-1])) is not None:
-            raise measure.ChildFailed(kind, failure[0], [failure[1]])
-        timing = {"median": 1.0, "low": 1.0, "high": 1.0, "n": 3}
-        phases = {"forward": {"own": dict(timing), "product": dict(timing)}}
-        return {"peak_bytes": 1, "phases": phases, "flops": {}, "backend": "any"}
+            answer["phases"] = dict([*answer.get("phases", {}).items()][: self.done])
+            raise measure.ChildFailed(kind, failure[0], [failure[1]], answer if self.done else None)
+        return answer
 
 
 def attention_cell(variant: str = "linear", side: int = 8, **told: Any) -> cost.Cell:
@@ -227,8 +78,99 @@ def test_a_baseline_that_does_not_fit_beside_it_is_left_out(
     ask = Children(lambda told: (ending, "") if told["kind"] == "time" and told["baseline"] else None)
     monkeypatch.setattr(measure, "in_child", ask)
     found = cost.measured(attention_cell(), limits(tmp_path), baseline=True)
-    assert found["status"] == "ok" and found["reason"].startswith("without baseline: ") and ending in found["reason"]
-    assert [told["kind"] for told in ask.told] == ["memory", "time", "time"]
+    assert found["status"] == "ok" and "without baseline: " in found["reason"] and ending in found["reason"]
+    left_out = [(bool(told.get("reserve")), bool(told["baseline"])) for told in ask.told[1:]]
+    assert left_out == [(True, True), *([(False, True)] if "SIGKILL" in ending else []), left_out[-1]]
+    assert not left_out[-1][1]
+
+
+def test_a_phase_that_does_not_end_loses_none_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the baseline two phases end; without it the third alone is asked for, and there is."""
+    late = Children(
+        lambda told: ("took more than 60 s", "") if told["kind"] == "time" and told["baseline"] else None, 2
+    )
+    monkeypatch.setattr(measure, "in_child", late)
+    found = cost.measured(attention_cell(), limits(tmp_path), baseline=True)
+    assert found["status"] == "ok" and [told.get("known") for told in late.told[1:]] == [[], ["forward", "backward"]]
+    ratios = {phase: "ratio" in timings for phase, timings in found["metrics"]["phases"].items()}
+    assert ratios == {"forward": True, "backward": True, "decoding": False}
+
+    never = Children(lambda told: ("took more than 60 s", "") if told["kind"] == "time" else None, 1)
+    monkeypatch.setattr(measure, "in_child", never)
+    (done,) = cost.run(limits(tmp_path), [attention_cell("dense1d")])
+    assert done["status"] == "timeout" and [*done["metrics"]["phases"]] == ["forward"]
+    cost._print([done])
+
+
+def test_the_memory_of_what_misses_its_oracle_is_no_cost_of_the_variant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "attnbench.duel.OracleMissed: linear misses its oracle: its output is off by 0.1 of the whole"
+    ask = Children(lambda told: ("ended with exit status 1", said) if told["kind"] == "time" else None)
+    monkeypatch.setattr(measure, "in_child", ask)
+    found = cost.measured(attention_cell(), limits(tmp_path), baseline=False)
+    assert found["status"] == "crash" and found["reason"].endswith(said)
+    assert found["metrics"] == {"peak_bytes": None}
+
+
+OWN = """
+from models.linear import Linear
+class Mine(Linear):
+    "Mine, {}."
+"""
+
+
+def test_an_own_attention_is_measured_again_where_its_code_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record says which code it was, and of two the later makes the curve."""
+    monkeypatch.setattr(measure, "in_child", Children())
+    done: list[dict[str, Any]] = []
+    known: tuple[dict[str, Any], ...] = models.VARIANTS, variants._CODES
+    for place in known:
+        monkeypatch.setitem(place, "mine.py:Mine", None)  # so that it is forgotten afterwards too
+    for version in ("first", "second"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "mine.py").write_text(OWN.format(version))
+        monkeypatch.chdir(tmp_path / version)
+        for place in known:
+            del place["mine.py:Mine"]
+        monkeypatch.delitem(sys.modules, "attnbench_own_mine", raising=False)
+        told = limits(tmp_path, variants="mine.py:Mine", sides="8")
+        (cell,) = (c for c in cost.cells(told) if c.config.variant == "mine.py:Mine" and c.scope == "attention")
+        done += cost.run(told, [cell])
+    assert len({one["id"] for one in done}) == len({one["code"] for one in done}) == 2
+    done[1]["environment"] = done[0]["environment"] | {"time": "9999"}
+    assert curves.by_place(done[::-1]) == {frame.place(done[0]): [done[1]]}
+
+
+def test_an_own_attention_that_fails_under_the_plan_is_left_to_the_child(tmp_path: Path) -> None:
+    (cell,) = (c for c in cost.cells(CostConfig(variants="dense1d", sides="8")) if c.scope == "step")
+    assert cost.too_large(cell, limits(tmp_path)) is None
+    assert "GB by plan" in str(cost.too_large(cell, limits(tmp_path, memory="1MB")))
+    wrong = cell.config.model.model_copy(update={"options": {"no such": 1}})
+    wrong_cell = replace(cell, config=cell.config.model_copy(update={"model": wrong}))
+    assert cost.too_large(wrong_cell, limits(tmp_path, memory="1MB")) is None
+
+
+def test_a_name_is_taken_once_and_may_have_spaces_around() -> None:
+    found = cost.cells(CostConfig(variants="linear, linear,dense1d", sides="16, 8,16"))
+    assert [(c.config.variant, c.side) for c in found if c.scope == "step"] == [
+        ("dense1d", 8), ("dense1d", 16), ("linear", 8), ("linear", 16)
+    ]  # fmt: skip
+
+
+def test_cells_of_other_threads_are_no_points_of_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Half as fast on one thread: on each the exponent is 1, and of all together it would not be."""
+    cells = [
+        {"variant": "linear", "scope": "attention", "status": "ok", "side": side, "tokens": side**2,
+         "environment": {"cpu": "A", "threads": count}, "metrics": {"peak_bytes": None, "phases": {
+             "forward": {"own": {"median": side**2 / count, "low": 0, "high": 1, "n": 3}}}}}
+        for side, count in ((16, 1), (32, 1), (64, 2), (128, 2))
+    ]  # fmt: skip
+    cost._print(cells)
+    said = capsys.readouterr().out
+    assert "A, threads: 1" in said and "A, threads: 2" in said and said.count("1.00") == 4
 
 
 def test_what_fails_alone_too_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,11 +186,11 @@ def test_a_child_knows_when_it_must_be_done(tmp_path: Path, monkeypatch: pytest.
     assert all(told["deadline"] == pytest.approx(time.time() + 60, abs=5) for told in ask.told)
 
 
-@pytest.mark.parametrize(("memory", "reserved"), [("8GB", 4), ("4", 2)])
+@pytest.mark.parametrize(("memory", "reserved"), [("8GB", 4), ("6", 2), ("3", 0)])
 def test_a_child_that_measures_time_holds_pages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str, reserved: int
 ) -> None:
-    """Four peaks, which are one byte here, and at most half of the memory."""
+    """Four peaks, which are one byte here, of what the memory leaves beside as many: large tensors do not use them."""
     ask = Children()
     monkeypatch.setattr(measure, "in_child", ask)
     cost.measured(attention_cell(), limits(tmp_path, memory=memory), baseline=True)
@@ -432,7 +374,17 @@ def test_the_gpu_suite_is_refused_without_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [["--sides", "x"], ["--sides", "0"], ["--variants", "densest"], ["--suite", "none"], ["--memory", "8XB"]]
+    "argv",
+    [
+        ["--sides", "x"],
+        ["--sides", "0"],
+        ["--variants", "densest"],
+        ["--suite", "none"],
+        ["--memory", "8XB"],
+        ["--memory", "0"],
+        ["--limit", "1e7"],
+        ["--suite", "gpu", "--sides", "8"],
+    ],
 )
 def test_bad_input_is_refused(argv: list[str]) -> None:
     with pytest.raises(Refusal):

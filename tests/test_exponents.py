@@ -151,6 +151,33 @@ def test_what_slowed_both_sides_of_a_cell_leaves_no_trace_in_its_exponent() -> N
     assert found == pytest.approx({"linear": 1.0, "axial": 1.5, "dense1d": 2.0})
 
 
+def test_the_exponent_is_that_of_1024_tokens_and_more_where_three_sides_have_them() -> None:
+    """n + 2,000: 0.50 over all sides from 16 on, 0.65 from 32 on; where only two are as large, all are taken."""
+
+    def made(side: int) -> dict[str, Any]:
+        timing = {"median": 1e-6 * (side**2 + 2000), "low": 0, "high": 1, "n": 3}
+        place = {"variant": "linear", "scope": "attention", "side": side, "tokens": side**2}
+        return {**place, "status": "ok", "metrics": {"peak_bytes": None, "phases": {"forward": {"own": timing}}}}
+
+    (curve,) = curves.curves([made(side) for side in (128, 64, 16, 32)])
+    assert [point["side"] for point in curve.points] == [16, 32, 64, 128]
+    assert [point["side"] for point in curve.fitted] == [32, 64, 128] and curve.fit is not None
+    assert curve.fit.value == pytest.approx(0.65, abs=0.01) and curve.fit.points == 3
+    whole = exponent([p["tokens"] for p in curve.points], [p["cost"] for p in curve.points])
+    assert whole is not None and whole.value == pytest.approx(0.505, abs=0.01)
+    (curve,) = curves.curves([made(side) for side in (16, 24, 32, 64)])
+    assert len(curve.fitted) == 4
+
+
+def test_a_phase_that_ended_before_its_cell_was_given_up_is_in_the_table(tmp_path: Path) -> None:
+    """The forward pass at side 64 ended, its backward pass did not: given up is the one alone."""
+    for side in (16, 32, 64):
+        synthetic.cost_cell(tmp_path, "linear", side, 1e-6 * side**2, status="timeout" if side == 64 else "ok")
+    synthetic.cost_cell(tmp_path, "linear", 128, 0.0, status="oom")
+    table = afterwards.costs(tmp_path).set_index("cost")
+    assert table.loc["forward", "sides"] == "16–64" and table.loc["forward", "given_up"] == "128 (oom)"
+
+
 def test_the_report_has_a_table_of_the_cells(tmp_path: Path) -> None:
     """A row a cost; another shape, backend or machine is another row; what did not fit is named."""
     kept = functools.partial(synthetic.cost_cell, tmp_path)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -297,3 +298,21 @@ def test_on_cuda() -> None:
     request = measure.Request(request.config.model_copy(update={"device": "cuda"}), *request.shape)
     assert measure.peak_bytes(request) > _lower_bound(request)
     assert measure.throughput(request, budget=0.6)["train_images_per_second"]["median"] > 0
+
+
+def test_what_a_child_knew_when_it_was_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers as it goes; the last answer before the limit, or before it failed, is kept."""
+    lines = (
+        "import time; from attnbench import measure",
+        "def slow(told):",
+        "    yield {'known': 1}",
+        "    yield {'known': 2}",
+        "    time.sleep(60) if told['slow'] else 1 / 0",
+        "measure.main({'time': slow})",
+    )
+    (tmp_path / "answering.py").write_text("\n".join(lines))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for told, limit, ending in (({"slow": True}, 8.0, "took more than 8 s"), ({"slow": False}, 60.0, "exit status 1")):
+        with pytest.raises(measure.ChildFailed, match=ending) as failed:
+            measure.in_child("answering:time", told, limit)
+        assert failed.value.answer == {"known": 2}
