@@ -27,6 +27,7 @@ from attnbench.clock import Stopwatch
 from attnbench.config import RunConfig, TrainConfig
 from attnbench.errors import Refusal
 from attnbench.optimiser import make_optimiser
+from models import kernels
 
 HIDDEN_SHARE = 0.15  # Image GPT's BERT objective
 
@@ -79,8 +80,22 @@ def make_model(
     if config.train.recompute:
         _recompute(model, config.variant)
     if config.train.compile:
+        if config.device != "cpu":  # on a CPU the kernels that come first serve
+            _settle(model, config)
         model.compile()
     return model
+
+
+def _settle(model: nn.Module, config: RunConfig) -> None:
+    """Lets each attention choose the backend that takes the run's tensors: in its first call it would be too late, and
+    the model compiled twice.  Raises Refusal where one that was asked for cannot."""
+    dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
+    for mixer in (module for module in model.modules() if isinstance(module, models.Mixer)):
+        like = torch.empty(0, mixer.layer.heads, 0, mixer.layer.head_dim, device=config.device, dtype=dtype)
+        try:
+            kernels.serves(mixer, like)
+        except ValueError as error:
+            raise Refusal(f"{error}; choose another") from error
 
 
 def _recompute(model: nn.Module, variant: str) -> None:
@@ -216,8 +231,9 @@ def fit(
                 interrupt.check()
                 chosen = batch_indices(config.seed, progress.step, train.batch, len(tokens))
                 chosen = chosen[distributed.share(train.batch)]
-                told = None if labels is None else labels[chosen].to(config.device)
-                loss = train_step(trained, optimiser, tokens[chosen].to(config.device), progress.step, config, told)
+                inputs = _there(tokens[chosen], config.device)
+                told = None if labels is None else _there(labels[chosen], config.device)
+                loss = train_step(trained, optimiser, inputs, progress.step, config, told)
                 progress.step += 1
                 _log(progress, loss, train, report)
                 if progress.step % train.validate_every == 0 or progress.step == train.steps:
@@ -231,6 +247,11 @@ def fit(
     progress.seconds = before + watch.seconds
     model.load_state_dict(best)
     return progress
+
+
+def _there(x: Tensor, device: str) -> Tensor:
+    """On the device; to CUDA from pinned memory, for from any other a step waits until the device is idle."""
+    return x.pin_memory().to(device, non_blocking=True) if device == "cuda" else x.to(device)
 
 
 def _log(progress: Progress, loss: Tensor, train: TrainConfig, report: Callable[[int, float], None]) -> None:

@@ -230,13 +230,18 @@ class ImageGPT(nn.Module):
         for what, given in (("tokens", tokens), ("hidden", hidden)):
             if given is not None and given.shape[1:] != (grid.height, grid.width):
                 raise ValueError(f"{what} (batch, {grid.height}, {grid.width}) wanted, not {tuple(given.shape)}")
-        x = self.tokens[tokens.flatten(1)[:, self.order]]
+        x = self.tokens[self._along(tokens)]
         if hidden is not None:
-            x = x * ~hidden.bool().flatten(1)[:, self.order, None]
+            x = x * ~self._along(hidden.bool())[:, :, None]
         if self.start_token is not None:
             x = torch.cat([self.start_token.expand(len(x), 1, -1), x[:, :-1]], dim=1)
         where = self.position.embed(self.slots)
         return x if where is None else x + where
+
+    def _along(self, pixels: Tensor) -> Tensor:
+        """(batch, height, width) -> (batch, seq), as the scan reads."""
+        flat = pixels.flatten(1)
+        return flat if self.scan.order == "raster" else flat[:, self.order]
 
     def features(self, tokens: Tensor, hidden: Tensor | None = None) -> list[Tensor]:
         """The residual stream, depth + 1 tensors (batch, seq, dim), the embedding first."""
@@ -254,7 +259,8 @@ class ImageGPT(nn.Module):
             logits = kernels.block.project(x, self.norm.gain, self.norm.eps, self.head.weight)
         else:
             logits = self.head(self.norm(x))
-        logits = logits[:, torch.argsort(self.order)]
+        if self.scan.order != "raster":
+            logits = logits[:, torch.argsort(self.order)]
         return rearrange(logits, "b (h w) v -> b h w v", h=self.scan.grid.height)
 
     def start(self, batch: int) -> State:

@@ -88,7 +88,8 @@ class Local2D(ExactMixer):
             reasons.append(f"reads along the raster only, not {scan.order!r}")
         if backend == "triton":
             biased = ["adds no bias to the scores"] if self.layer.biased else []
-            return reasons + biased + kernels.window.reasons(self.layer.head_dim)
+            reach = min(self.radius, max(scan.grid.height, scan.grid.width))
+            return reasons + biased + kernels.window.reasons(self.layer.head_dim, reach)
         if self.layer.biased and not self.layer.by_offset:
             reasons.append("adds a bias to the scores by (Δrow, Δcol) only")
         rows = kernels.working_rows(scan.grid.height, scan.grid.width, self.radius)

@@ -17,6 +17,7 @@ from attnbench import checkpoint, distributed, evaluate, probe, train
 from attnbench.config import RunConfig
 from attnbench.errors import Refusal
 from attnbench.optimiser import make_optimiser
+from models import kernels
 
 QUICK: dict[str, Any] = {
     "steps": 12, "batch": 8, "validate_every": 4, "checkpoint_every": 4, "precision": "float32", "warmup": 3,
@@ -222,3 +223,15 @@ def test_nor_does_a_process_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
     config = RunConfig(train={"batch": 12})  # type: ignore[arg-type]
     monkeypatch.setattr(distributed, "size", lambda: 3)
     assert evaluate.chunk(config) == 4
+
+
+def test_backends_are_settled_before_a_model_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first call a change of backend would compile it a second time, inside a timed turn."""
+    log: list[Any] = []
+    monkeypatch.setattr(kernels, "serves", lambda mixer, x: log.append((type(mixer).__name__, x.dtype, x.device.type)))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: log.append("compiled"))
+    told = config("hybrid-local2d", compile=True, precision="bfloat16")
+    train.make_model(told, 4, 4, 5)
+    assert log == ["compiled"]
+    train.make_model(told.model_copy(update={"device": "meta"}), 4, 4, 5)
+    assert log[1:] == [("Local2D", torch.bfloat16, "meta"), ("Dense", torch.bfloat16, "meta"), "compiled"]

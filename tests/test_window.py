@@ -54,7 +54,30 @@ def test_what_it_cannot_serve_is_said() -> None:
     q = torch.zeros(1, 1, 6, 4)
     assert kernels.window.unfit(q) == "is for CUDA, not cpu"
     if not torch.cuda.is_available():
-        assert any("not installed" in reason or "no CUDA" in reason for reason in kernels.window.reasons(8))
+        assert any("not installed" in reason or "no CUDA" in reason for reason in kernels.window.reasons(8, 3))
+
+
+@pytest.mark.parametrize(
+    ("dim", "radius", "said"),
+    [
+        (128, 3, None),
+        (128, 24, None),
+        (128, 25, "at most 64 columns"),
+        (64, 25, None),
+        (129, 1, "at most 128 channels"),
+    ],
+)
+def test_what_leaves_a_program_no_registers_is_refused(dim: int, radius: int, said: str | None) -> None:
+    refused = [r for r in kernels.window.reasons(dim, radius) if "at most" in r]
+    assert len(refused) == bool(said) and (said is None or said in refused[0])
+
+
+def test_wide_heads_are_refused_in_float32_alone() -> None:
+    def wide(dtype: torch.dtype, dim: int) -> Tensor:
+        return SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=dtype, shape=(1, 1, 6, dim))  # type: ignore[return-value]
+
+    assert kernels.window.unfit(wide(torch.float32, 32)) is kernels.window.unfit(wide(torch.bfloat16, 64)) is None
+    assert kernels.window.unfit(wide(torch.float32, 33)) == "takes float32 heads of at most 32 channels, not 33"
 
 
 def test_a_launch_is_long_along_the_first_axis_only_and_reaches_no_further_than_the_grid(

@@ -1,14 +1,14 @@
 """Local 2D attention on CUDA (window_kernels.py) as a torch operator: eager, under autograd and under torch.compile.
 
 Shapes: q, k, v, out (batch, heads, seq, head_dim), seq = height · width; mass (batch, heads, seq) float32: the
-logarithm of the sum of a query's weights, from which the backward pass computes them again.
+logarithm to base 2 of the sum of a query's weights, from which the backward pass computes them again.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from math import prod
+from math import log, prod
 from typing import Any
 
 import torch
@@ -21,12 +21,24 @@ TALL, WIDE = 4, 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def reasons(head_dim: int) -> list[str]:
-    """Why the kernel cannot serve heads of this width here; empty if it can."""
+WORKING = 64 * 128
+"""Numbers that the rows of keys may hold which a program reads at a time: more leave it no registers."""
+LARGEST = 32
+"""Channels of a float32 head: products of full precision take as many registers again."""
+
+
+def reasons(head_dim: int, radius: int) -> list[str]:
+    """Why the kernel cannot serve heads of this width and windows of this radius here; empty if it can."""
     missing = [] if find_spec("triton") else ["triton is not installed: pip install 'attnbench[gpu]'"]
     if not torch.cuda.is_available():
         missing.append("its kernel is for CUDA, and no CUDA device is here")
-    return missing + ([f"takes heads of at most 128 channels, not {head_dim}"] if head_dim > 128 else [])
+    told = _settings(head_dim, 1, radius, torch.bfloat16)
+    if head_dim > 128:
+        missing.append(f"takes heads of at most 128 channels, not {head_dim}")
+    elif told["REACH"] * told["DIM"] > WORKING:
+        widest = WORKING // told["DIM"]
+        missing.append(f"reads at most {widest} columns of heads of {head_dim} channels at a time, not {told['REACH']}")
+    return missing
 
 
 def unfit(*tensors: Tensor) -> str | None:
@@ -36,6 +48,8 @@ def unfit(*tensors: Tensor) -> str | None:
             return f"is for CUDA, not {tensor.device.type}"
         if tensor.dtype not in DTYPES:
             return f"sums in float32, not {str(tensor.dtype).removeprefix('torch.')}"
+        if tensor.dtype == torch.float32 and tensor.shape[3] > LARGEST:
+            return f"takes float32 heads of at most {LARGEST} channels, not {tensor.shape[3]}"
     return None
 
 
@@ -75,7 +89,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, radius: i
     out, mass = _shapes(q, k, v, height, width, radius)
     told = _settings(q.shape[3], q.shape[1], radius, q.dtype)
     kernel[(prod(_parts(q, height, width)),)](
-        q, k, v, out, mass, *_steps(q, k, v, out), height, width, q.shape[3] ** -0.5, **told
+        q, k, v, out, mass, *_steps(q, k, v, out), height, width, q.shape[3] ** -0.5 / log(2), **told
     )
     return out, mass
 
@@ -96,13 +110,15 @@ def _backward(
     agreement, parts = torch.empty_like(mass), _parts(q, height, width)
     start_dk, start_dv = mass.new_empty(2, *parts, q.shape[3])
     grid = (prod(parts),)
-    told = height, width, q.shape[3] ** -0.5
+    told = height, width, q.shape[3] ** -0.5 / log(2)
     settings = _settings(q.shape[3], q.shape[1], radius, q.dtype)
     queries[grid](
         q, k, v, out, grad, mass, dq, agreement, start_dk, start_dv, *_steps(q, k, v, out, grad, dq), *told, **settings
     )
-    keys[grid](q, k, v, grad, mass, agreement, dk, dv, *_steps(q, k, v, grad, dk, dv), *told, **settings)
-    dk[:, :, 0], dv[:, :, 0] = (part.sum(1).view_as(dk[:, :, 0]) for part in (start_dk, start_dv))
+    keys[grid](
+        q, k, v, grad, mass, agreement, start_dk, start_dv, dk, dv, *_steps(q, k, v, grad, dk, dv), *told,
+        ROUNDS=-(-parts[1] // 64), **settings,
+    )  # fmt: skip
     return dq, dk, dv
 
 

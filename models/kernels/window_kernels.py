@@ -7,7 +7,8 @@ than gathering would.  Nothing is laid out: keys and values are read where the p
 pixel's own.  Sums and weights are float32.
 
 A launch's arguments: tensors (batch, heads, seq, dim), then of each the steps from image to image, head to head, slot
-to slot; mass and agreement float32 (batch, heads, seq); start_dk, start_dv float32 (batch · heads, patches, dim).
+to slot; mass and agreement float32 (batch, heads, seq); start_dk, start_dv float32 (batch · heads, patches, dim);
+scale: that of the scores, times log₂ e, because the machine knows 2^x alone.
 DIM: dim, filled up; REACH: the columns read at a time, filled up; EXACT: the precision of products.
 """
 
@@ -15,6 +16,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+FAR = tl.constexpr(-(1 << 30))
+"""A place that is in no window."""
 
 
 @triton.jit
@@ -50,11 +55,21 @@ def _start(x, image, head, s_image, s_head, dim: tl.constexpr, DIM: tl.constexpr
 
 
 @triton.jit
-def _near(row, col, key_row, key_col, radius: tl.constexpr):
-    """Whether the pixel at (key_row, key_col) is earlier than (row, col) and in its window."""
-    down, right = row - key_row, key_col - col
-    earlier = (down > 0) | ((down == 0) & (right < 0))
-    return earlier & (down <= radius) & (right <= radius) & (right >= -radius)
+def _place(down, right, there, RADIUS: tl.constexpr):
+    """Where a pixel lies in a query's window of 2 · RADIUS + 1 columns, row by row upwards: from 0 on what is earlier
+    than the query, FAR where the column is outside the window or not `there`; a row further up is 2 · RADIUS + 1 more.
+
+    down, right: how far the query is below the pixel, and right of it.
+    """
+    inside = (right >= -RADIUS) & (right <= RADIUS) & there
+    return tl.where(inside, down * (2 * RADIUS + 1) + right - 1, FAR)
+
+
+@triton.jit
+def _visible(place, rows, RADIUS: tl.constexpr):
+    """Whether a place is in the window and earlier, of whose rows above no more than `rows` exist: one comparison."""
+    places = tl.maximum(tl.minimum(rows, RADIUS) * (2 * RADIUS + 1) + RADIUS, 0)
+    return place.to(tl.uint32) < places.to(tl.uint32)
 
 
 @triton.jit
@@ -73,22 +88,23 @@ def attend(
     sums = tl.zeros((TALL * WIDE, DIM), tl.float32) + start_v[None, :]
     key_col = left - RADIUS + tl.arange(0, REACH)
     in_row = (key_col >= 0) & (key_col < width)
+    place = _place((row - top + RADIUS)[:, None], col[:, None] - key_col[None, :], in_row[None, :], RADIUS)
     for step in range(TALL + RADIUS):
         key_row = top - RADIUS + step
         pixel = key_row * width + key_col
         held = in_row & (pixel >= 0) & (pixel + 1 < height * width)
         key = _rows(k, image, head, pixel + 1, held, ki, kh, ks, dim, DIM)
         value = _rows(v, image, head, pixel + 1, held, vi, vh, vs, dim, DIM)
-        scores = tl.dot(query, tl.trans(key), input_precision=EXACT) * scale
-        seen = _near(row[:, None], col[:, None], key_row, key_col[None, :], RADIUS) & held[None, :]
+        scores = tl.dot(query, tl.trans(key), input_precision=EXACT)
+        seen = _visible(place - step * (2 * RADIUS + 1), row[:, None], RADIUS)
         scores = tl.where(seen, scores, float("-inf"))
-        more = tl.maximum(best, tl.max(scores, 1))
-        weights, fade = tl.exp(scores - more[:, None]), tl.exp(best - more)
+        more = tl.maximum(best, tl.max(scores, 1) * scale)
+        weights, fade = tl.exp2(scores * scale - more[:, None]), tl.exp2(best - more)
         total = total * fade + tl.sum(weights, 1)
         sums = sums * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=EXACT)
         best = more
     _put(out, sums / total[:, None], image, head, slot, inside, oi, oh, os, dim, DIM)
-    tl.store(mass + (image * HEADS + head) * height * width + slot, best + tl.log(total), mask=inside)
+    tl.store(mass + (image * HEADS + head) * height * width + slot, best + tl.log2(total), mask=inside)
 
 
 @triton.jit
@@ -111,38 +127,51 @@ def queries(
     tl.store(agreement + number, agree, mask=inside)
     start_k, start_v = _start(k, image, head, ki, kh, dim, DIM), _start(v, image, head, vi, vh, dim, DIM)
     wide_query = query.to(tl.float32)
-    weight = tl.exp(tl.sum(wide_query * start_k[None, :], 1) * scale - known)
+    weight = tl.exp2(tl.sum(wide_query * start_k[None, :], 1) * scale - known)
     weight = tl.where(inside, weight, 0.0)
-    slope = weight * (tl.sum(wide_given * start_v[None, :], 1) - agree) * scale
+    slope = weight * (tl.sum(wide_given * start_v[None, :], 1) - agree)
     channel = tl.arange(0, DIM)
     part = tl.program_id(0).to(tl.int64) * dim + channel
-    tl.store(start_dk + part, tl.sum(slope[:, None] * wide_query, 0), mask=channel < dim)
+    tl.store(start_dk + part, tl.sum(slope[:, None] * wide_query, 0) * (LN2 * scale), mask=channel < dim)
     tl.store(start_dv + part, tl.sum(weight[:, None] * wide_given, 0), mask=channel < dim)
     sums = slope[:, None] * start_k[None, :]
     key_col = left - RADIUS + tl.arange(0, REACH)
     in_row = (key_col >= 0) & (key_col < width)
+    place = _place((row - top + RADIUS)[:, None], col[:, None] - key_col[None, :], in_row[None, :], RADIUS)
     for step in range(TALL + RADIUS):
         key_row = top - RADIUS + step
         pixel = key_row * width + key_col
         held = in_row & (pixel >= 0) & (pixel + 1 < height * width)
         key = _rows(k, image, head, pixel + 1, held, ki, kh, ks, dim, DIM)
         value = _rows(v, image, head, pixel + 1, held, vi, vh, vs, dim, DIM)
-        scores = tl.dot(query, tl.trans(key), input_precision=EXACT) * scale
-        seen = _near(row[:, None], col[:, None], key_row, key_col[None, :], RADIUS) & held[None, :]
-        weights = tl.exp(tl.where(seen, scores - known[:, None], float("-inf")))
-        slopes = weights * (tl.dot(given, tl.trans(value), input_precision=EXACT) - agree[:, None]) * scale
+        scores = tl.dot(query, tl.trans(key), input_precision=EXACT)
+        seen = _visible(place - step * (2 * RADIUS + 1), row[:, None], RADIUS)
+        weights = tl.exp2(tl.where(seen, scores * scale - known[:, None], float("-inf")))
+        slopes = weights * (tl.dot(given, tl.trans(value), input_precision=EXACT) - agree[:, None])
         sums += tl.dot(slopes.to(key.dtype), key, input_precision=EXACT)
-    _put(dq, sums, image, head, slot, inside, di, dh, ds, dim, DIM)
+    _put(dq, sums * (LN2 * scale), image, head, slot, inside, di, dh, ds, dim, DIM)
+
+
+@triton.jit
+def _sum(parts, out, patches, dim: tl.constexpr, DIM: tl.constexpr, ROUNDS: tl.constexpr):
+    """Of a head whose first program this is: the sum of all patches' parts, 64 at a time."""
+    channel, first = tl.arange(0, DIM), parts + tl.program_id(0).to(tl.int64) * dim
+    sums = tl.zeros((64, DIM), tl.float32)
+    for step in range(ROUNDS):
+        patch = step * 64 + tl.arange(0, 64)
+        seen = (patch < patches)[:, None] & (channel < dim)[None, :]
+        sums += tl.load(first + patch[:, None] * dim + channel[None, :], mask=seen, other=0.0)
+    tl.store(out + channel, tl.sum(sums, 0).to(out.dtype.element_ty), mask=channel < dim)
 
 
 @triton.jit
 def keys(
-    q, k, v, grad, mass, agreement, dk, dv,
+    q, k, v, grad, mass, agreement, start_dk, start_dv, dk, dv,
     qi, qh, qs, ki, kh, ks, vi, vh, vs, gi, gh, gs, ei, eh, es, fi, fh, fs,
     height, width, scale, HEADS: tl.constexpr, RADIUS: tl.constexpr, dim: tl.constexpr, DIM: tl.constexpr,
-    TALL: tl.constexpr, WIDE: tl.constexpr, REACH: tl.constexpr, EXACT: tl.constexpr,
+    TALL: tl.constexpr, WIDE: tl.constexpr, REACH: tl.constexpr, EXACT: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the keys and values that hold a patch's pixels."""
+    """The gradients of the keys and values that hold a patch's pixels; a head's first program the start token's."""
     image, head, top, left, key_row, key_col = _patch(HEADS, height, width, TALL, WIDE)
     holder = key_row * width + key_col + 1
     held = (key_row < height) & (key_col < width) & (holder < height * width)
@@ -151,6 +180,7 @@ def keys(
     sums_k, sums_v = tl.zeros((TALL * WIDE, DIM), tl.float32), tl.zeros((TALL * WIDE, DIM), tl.float32)
     col = left - RADIUS + tl.arange(0, REACH)
     in_row = (col >= 0) & (col < width)
+    place = _place((top - key_row)[:, None], col[None, :] - key_col[:, None], in_row[None, :], RADIUS)
     for step in range(TALL + RADIUS):
         row = top + step
         slot = row * width + col
@@ -160,12 +190,15 @@ def keys(
         number = (image * HEADS + head) * height * width + slot
         known = tl.load(mass + number, mask=inside, other=0.0)
         agree = tl.load(agreement + number, mask=inside, other=0.0)
-        scores = tl.dot(key, tl.trans(query), input_precision=EXACT) * scale  # (keys, queries)
-        seen = _near(row, col[None, :], key_row[:, None], key_col[:, None], RADIUS)
-        seen = seen & held[:, None] & inside[None, :]
-        weights = tl.exp(tl.where(seen, scores - known[None, :], float("-inf")))
+        scores = tl.dot(key, tl.trans(query), input_precision=EXACT)  # (keys, queries)
+        seen = _visible(place + step * (2 * RADIUS + 1), (height - 1 - key_row)[:, None], RADIUS)
+        weights = tl.exp2(tl.where(seen, scores * scale - known[None, :], float("-inf")))
         sums_v += tl.dot(weights.to(given.dtype), given, input_precision=EXACT)
-        slopes = weights * (tl.dot(value, tl.trans(given), input_precision=EXACT) - agree[None, :]) * scale
+        slopes = weights * (tl.dot(value, tl.trans(given), input_precision=EXACT) - agree[None, :])
         sums_k += tl.dot(slopes.to(query.dtype), query, input_precision=EXACT)
-    _put(dk, sums_k, image, head, holder, held, ei, eh, es, dim, DIM)
+    _put(dk, sums_k * (LN2 * scale), image, head, holder, held, ei, eh, es, dim, DIM)
     _put(dv, sums_v, image, head, holder, held, fi, fh, fs, dim, DIM)
+    patches = tl.cdiv(height, TALL) * tl.cdiv(width, WIDE)
+    if tl.program_id(0) % patches == 0:
+        _sum(start_dk, dk + image * ei + head * eh, patches, dim, DIM, ROUNDS)
+        _sum(start_dv, dv + image * fi + head * fh, patches, dim, DIM, ROUNDS)
