@@ -33,6 +33,7 @@ from attnbench.config import (
 )
 from attnbench.curves import BATCH, PRECISION, SHAPE, by_place, curves, label, quartiles, rival_label
 from attnbench.errors import Refusal, nearest
+from attnbench.goals import Goal, Scope, judged
 from attnbench.plan import PRESETS
 
 FOLDER = Path(__file__).with_name("costs")
@@ -51,8 +52,6 @@ LONGEST = 10**6
 
 LEFT = "not run"
 """What the table says of a cell for which a suite's seconds did not suffice; it is no record's status."""
-
-Scope = Literal["attention", "step"]
 
 
 class CostConfig(Settings):
@@ -114,6 +113,7 @@ class CostSuite(Settings):
     memory: Memory
     """Bytes that a cell may use, in place of --memory."""
     precision: Literal["float32", "bfloat16"] = "float32"
+    goals: tuple[Goal, ...] = ()
     cells: tuple[CellsConfig, ...] = Field(min_length=1)
 
 
@@ -222,6 +222,8 @@ def measured(cell: Cell, limits: CostConfig, baseline: bool, ends: float = math.
             known["peak_bytes"] = None
     why = {"reason": "; ".join(reasons)[:500]} if reasons else {}
     metrics = {"peak_bytes": known["peak_bytes"]} | _rates(known, cell)
+    if cell.config.device == "cuda":
+        metrics["fused"] = known.get("fused")
     return {"status": status, **why, "backend": known["backend"], "metrics": metrics}
 
 
@@ -426,9 +428,10 @@ def _fits(records: Sequence[dict[str, Any]], title: str) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     config, ends = cli.parse(CostConfig, argv, prog="attnbench.cost"), math.inf
+    goals: tuple[Goal, ...] = ()
     if config.suite is not None:
         declared = suite(config.suite)
-        ends = time.time() + declared.seconds
+        ends, goals = time.time() + declared.seconds, declared.goals
         if declared.needs == "cuda":
             _need_cuda(config.suite)
         config = config.model_copy(update=declared.model_dump(include={"budget", "limit", "memory"}))
@@ -446,6 +449,8 @@ def main(argv: list[str] | None = None) -> int:
 
     done = run(config, todo, say, ends)
     _print(done)
+    for goal in goals:
+        print(judged(goal, done))
     if left := [f"{label(r)} {r['scope']} {r['side']}" for r in done if r["status"] == LEFT]:
         print(f"{LEFT}, the suite's time is up: {', '.join(left)}; the same command goes on", file=sys.stderr)
     print(config.out / ROOM)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from attnbench import measure, predict, train, variants
 from attnbench.clock import Stopwatch, seconds_of
@@ -100,11 +101,19 @@ def time_cell(told: dict[str, Any]) -> Iterator[measure.Answer]:
     if told.get("baseline"):
         sides["baseline"] = subject_of(Request.parse(told["baseline"]), *how).phases
     yardstick = product(request.config.device, request.config.train.precision)
-    known: measure.Answer = {"phases": {}, "flops": _flops(request, told["scope"])}
+    known: measure.Answer = {"phases": {}, "flops": _flops(request, told["scope"]), "fused": fused(request)}
     for phase, timings in by_turns(sides, yardstick, told["budget"], told.get("deadline", math.inf) - time.time()):
         known["phases"][phase] = timings
         backends = dict.fromkeys(str(module.backend) for module in own.modules)
         yield known | {"backend": " and ".join(backends)}
+
+
+def fused(request: Request) -> str:
+    """Which of torch's kernels serves dense attention of such tensors: on CUDA flash_attention or another."""
+    heads, dim = request.config.model.heads, request.config.model.dim
+    shape = request.config.train.batch, heads, request.height * request.width, dim // heads
+    like = torch.empty(shape, device=request.config.device, dtype=getattr(torch, request.config.train.precision))
+    return str(SDPBackend(torch._fused_sdp_choice(like, like, like, is_causal=True)).name).lower()
 
 
 def by_turns(

@@ -132,6 +132,7 @@ def test_each_phase_is_answered_when_it_is_done_and_known_ones_are_left_out() ->
         ["forward"], ["forward", "backward"], ["forward", "backward", "decoding"]
     ]  # fmt: skip
     assert all(known["flops"]["forward"] and known["backend"] for known in answers)
+    assert answers[0]["fused"] in ("flash_attention", "math", "efficient_attention")
     (last,) = duel.time_cell(told | {"known": ["forward", "backward"]})
     assert [*last["phases"]] == ["decoding"]
 
