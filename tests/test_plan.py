@@ -79,6 +79,16 @@ def test_bert_is_traced_too() -> None:
     assert trace.step(request_for("dense1d", 8, objective="bert")).bytes > 0
 
 
+@ON_LINUX
+@pytest.mark.serial
+def test_long_tables_and_counts_take_no_memory() -> None:
+    """Laid out, who sees whom among 147,456 slots took 1 GB: it is counted in slices, and no large table is made."""
+    meter = measure.PeakMeter("cpu")
+    for variant in ("strided", "fixed"):
+        predict.Predictor(request_for(variant, 384))(384, 384)
+    assert meter.bytes() < 300e6
+
+
 # --- few layers, few rows ---------------------------------------------------------------------------------------------
 
 
