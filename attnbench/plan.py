@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 PRESETS: dict[str, dict[str, int]] = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text())
 LARGEST = 2**15
 """No larger side is looked for."""
+START = 32
+"""The side that the search asks for first, whatever else is planned: so it has one answer."""
 
 DECIMAL = 10**9
 
@@ -128,14 +130,23 @@ def _with_preset(shape: dict[str, int]) -> type[PlanConfig]:
     return create_model("PlanConfig", __base__=PlanConfig, __doc__=PlanConfig.__doc__, model=(model, model()))
 
 
-def largest_side(bytes_of: Callable[[int], int], limit: int, start: int = 32) -> int:
-    """The largest side whose `bytes_of` is at most `limit`, 0 if none; `bytes_of` must not fall with the side.
+def largest_side(bytes_of: Callable[[int], int], limit: int, turns: Sequence[int] = ()) -> int:
+    """The largest side, up to LARGEST, whose `bytes_of` is at most `limit`; 0 if none.
 
-    A parabola in the side through the last two answers guesses the next; where it goes wrong, bisection.
+    `bytes_of` may fall with the side at `turns` alone.  Where it falls elsewhere, what is returned still fits, and the
+    next side does not, but a larger one may.
+
+    Above the last turn, or else between two, a parabola in the side through the last two answers guesses the next;
+    where it goes wrong, bisection.
     """
     known: dict[int, int] = {}
     fits, over = 0, LARGEST + 1
-    guess = start
+    for turn in sorted(turns, reverse=True):
+        if (need := bytes_of(turn)) <= limit:
+            fits, known = turn, {turn: need}
+            break
+        over = turn
+    guess = min(max(START, 2 * fits), over - 1)
     while over - fits > 1:
         known[guess] = bytes_of(guess)
         fits, over = (guess, over) if known[guess] <= limit else (fits, guess)
@@ -177,16 +188,16 @@ def _table(config: PlanConfig, shape: tuple[int, int], found: Prediction) -> Tab
     return out
 
 
-def _answer(config: PlanConfig, limit: int, bytes_of: Callable[[int], int]) -> str:
+def _answer(memory: str, limit: int, bytes_of: Callable[[int], int], turns: Sequence[int]) -> str:
     """The largest side that fits, in a line."""
-    side = largest_side(bytes_of, limit, start=min(config.shape or (32, 32)))
+    side = largest_side(bytes_of, limit, turns)
     if not side:
-        return f"no side fits into {config.memory}: a single pixel needs {bytes_of(1) / DECIMAL:,.3f} GB"
-    need, more = bytes_of(side) / DECIMAL, bytes_of(side + 1) / DECIMAL
-    return (
-        f"largest side that fits into {config.memory}: {side} ({side * side:,} tokens, {need:,.3f} GB; "
-        f"{side + 1} needs {more:,.3f} GB)"
-    )
+        return f"no side fits into {memory}: a single pixel needs {bytes_of(1) / DECIMAL:,.3f} GB"
+    need = f"{side * side:,} tokens, {bytes_of(side) / DECIMAL:,.3f} GB"
+    if side == LARGEST:
+        return f"largest side that fits into {memory}: {side} or more ({need}; no larger one is looked for)"
+    more = bytes_of(side + 1) / DECIMAL
+    return f"largest side that fits into {memory}: {side} ({need}; {side + 1} needs {more:,.3f} GB)"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -206,8 +217,8 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     if shape is not None:
         console.print(_table(config, shape, predictor(*shape)))
-    if limit is not None:
-        print(_answer(config, limit, cache(lambda side: predictor.bytes(side, side))))
+    if config.memory is not None and limit is not None:
+        print(_answer(config.memory, limit, cache(lambda side: predictor.bytes(side, side)), predictor.turns()))
     return 0
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from itertools import product
-from math import gcd, inf, lcm
+from math import gcd, inf, isqrt, lcm
 from typing import Any
 
 from torch import nn
@@ -36,6 +36,9 @@ OPERATIONS = 5_000
 
 STRAIGHT = 0.001
 """So much of the peak may the third of three heights lie beside the line through the others."""
+
+TURNED = 64
+"""A side at which units are what they are at larger ones: a loop's chunk may be as short as a small image."""
 
 LONG = 2**13
 """FLOPs of longer sequences are continued from shorter ones: exact masks are counted pair by pair."""
@@ -79,6 +82,12 @@ class Predictor:
     def bytes(self, height: int, width: int) -> int:
         """The peak alone."""
         return sum(_worst(self._peaks(height, width)).values())
+
+    def turns(self) -> list[int]:
+        """The sides from which on a loop over the sequence takes more than one unit of some mixer's (Mixer.unit): it
+        may then do its work anew in the backward pass, so that a larger square may need less."""
+        mixers = _mixers(self._shallow(TURNED, TURNED)[-1][1]) if self._walked else []
+        return sorted({isqrt(mixer.unit) + 1 for mixer in mixers if mixer.unit > 1})
 
     def _shallow(self, height: int, width: int) -> list[tuple[int, Request]]:
         """The models that are traced, by depth: two shallow ones where layers repeat."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 from dataclasses import replace
@@ -213,6 +214,45 @@ def test_the_largest_side(answer: int, power: int) -> None:
 
 def test_no_side_fits() -> None:
     assert plan.largest_side(lambda side: 10 + side, 10) == 0
+    assert plan.largest_side(lambda side: 10 + side, 10, turns=[5, 40]) == 0
+
+
+@pytest.mark.parametrize("turns", [[23], [6, 23], [6, 23, 200], [2, 6, 31, 32, 33]])
+def test_the_largest_side_where_bytes_fall(turns: list[int]) -> None:
+    """By half, at each turn; of all sides, not of those that a search happens to meet."""
+
+    def bytes_of(side: int) -> int:
+        return 1000 + side**2 * 2 ** (8 - sum(side >= turn for turn in turns))
+
+    for limit in (bytes_of(side) + extra for turn in turns for side in range(turn - 2, turn + 9) for extra in (-1, 0)):
+        most = max((side for side in range(1, 2000) if bytes_of(side) <= limit), default=0)
+        assert plan.largest_side(bytes_of, limit, turns) == most
+
+
+def test_bytes_fall_at_turns_alone() -> None:
+    """`based` computes 512 slots, which are fewer than 23², in a group; from the second on it does so twice."""
+    predictor = predict.Predictor(request_for("based", 8))
+    needs = [predictor.bytes(side, side) for side in range(20, 27)]
+    falls = [low > high for low, high in itertools.pairwise(needs)]
+    assert falls == [False, False, True, False, False, False] and predictor.turns() == [23]
+    assert predict.Predictor(request_for("local2d", 8)).turns() == []
+    assert predict.Predictor(request_for("pixelcnn", 8)).turns() == []
+
+
+def test_one_answer_whatever_else_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    """The larger of two sides whose memory is about the same: 20, and 32 with groups."""
+    answers = set()
+    for more in ([], ["--side", "8"]):
+        plan.main(["--variant", "based", "--memory", "25MB", *more])
+        answers.add(capsys.readouterr().out.splitlines()[-1])
+    (answer,) = answers
+    assert int(answer.split(": ")[1].split()[0]) > 22, answer
+
+
+def test_no_larger_side_is_looked_for_and_that_is_said() -> None:
+    said = plan._answer("80GB", 10**9, lambda side: side, ())
+    assert "32768 or more (1,073,741,824 tokens" in said and "32769" not in said
+    assert "or more" not in plan._answer("80GB", plan.LARGEST - 1, lambda side: side, ())
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
