@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 PRESETS: dict[str, dict[str, int]] = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text())
 LARGEST = 2**15
 """No larger side is looked for."""
-START = 32
+START = 64
 """The side that the search asks for first, whatever else is planned: so it has one answer."""
 
 DECIMAL = 10**9

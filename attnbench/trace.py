@@ -112,13 +112,14 @@ class Meter(TorchDispatchMode):
         if self.phase != "backward" and torch._C._current_graph_task_id() != -1:
             self.enter("backward")
         out = _run(func, args, kwargs or {})
-        self.trace.operations += 1
+        made = (out,) if isinstance(out, Tensor) else out if isinstance(out, tuple | list) else ()
+        self.trace.operations += max(1, len(made))  # it takes as long to fake so many
         if self.phase == "forward" and self._device == "cpu":
             self._nodes += 1
             self._count("overhead", NODE)
         if self._limit is not None and self.trace.operations > self._limit:
             raise TooLong(f"more than {self._limit} operations")
-        for tensor in (out,) if isinstance(out, Tensor) else out if isinstance(out, tuple | list) else ():
+        for tensor in made:
             if isinstance(tensor, Tensor):
                 self._add(tensor)
         if self._device == "cpu" and func in CONVOLUTIONS:

@@ -76,6 +76,13 @@ def test_a_step_of_too_many_operations_is_given_up() -> None:
         trace.step(request_for("dense1d", 4), limit=100)
 
 
+def test_an_operation_counts_once_for_every_tensor_that_it_makes() -> None:
+    """To split a long sequence into its chunks takes as long as it has chunks."""
+    with FakeTensorMode(), trace.Meter("cpu", None) as meter:
+        torch.zeros(100, 2).unbind()
+    assert meter.trace.operations == 101
+
+
 def test_bert_is_traced_too() -> None:
     assert trace.step(request_for("dense1d", 8, objective="bert")).bytes > 0
 
