@@ -10,13 +10,13 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import ByteSize, PositiveInt, TypeAdapter, create_model, field_validator, model_validator
+from pydantic import ByteSize, Field, PositiveInt, TypeAdapter, create_model, field_validator, model_validator
 
 from attnbench import cli
-from attnbench.config import ModelConfig, RunConfig, Settings, TrainConfig
+from attnbench.config import ModelConfig, RunConfig, Settings, StepConfig, TrainConfig
 from attnbench.errors import Refusal
 
 if TYPE_CHECKING:
@@ -33,21 +33,10 @@ START = 64
 DECIMAL = 10**9
 
 
-class Step(Settings):
+class PlannedStep(StepConfig):
     """The training step."""
 
-    batch: PositiveInt = 1
-    """Images a step."""
-    accumulate: PositiveInt = 1
-    """Parts that a batch is cut into; must divide batch."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast; parameters and optimiser stay in float32."""
-
-    @model_validator(mode="after")
-    def _parts(self) -> Step:
-        if self.batch % self.accumulate:
-            raise ValueError(f"accumulate {self.accumulate} does not divide batch {self.batch}; pick one that does")
-        return self
+    batch: PositiveInt = Field(default=1, description=StepConfig.model_fields["batch"].description)
 
 
 class PlanConfig(Settings):
@@ -70,7 +59,7 @@ class PlanConfig(Settings):
     memory: str | None = None
     """Bytes to fit into, such as 80GB or 24GiB: asks for the largest side."""
     model: ModelConfig = ModelConfig()
-    train: Step = Step()
+    train: PlannedStep = PlannedStep()
 
     @field_validator("memory")
     @classmethod
@@ -104,8 +93,8 @@ class PlanConfig(Settings):
         return None if self.memory is None else int(TypeAdapter(ByteSize).validate_python(self.memory))
 
     def run(self) -> RunConfig:
-        """The run that is planned."""
-        train = TrainConfig(**self.train.model_dump())
+        """The run that is planned: on a CPU."""
+        train = TrainConfig(**self.train.on("cpu").model_dump())
         model = ModelConfig(**self.model.model_dump())
         return RunConfig(variant=self.variant, position=self.position, model=model, train=train, device="cpu")
 
@@ -181,11 +170,17 @@ def _table(config: PlanConfig, shape: tuple[int, int], found: Prediction) -> Tab
     out.add_row("parameters", f"{found.parameters / 1e6:,.2f}", "million")
     out.add_row("forward", f"{found.flops:.3e}", "FLOPs/image")
     out.add_row("training", f"{3 * found.flops:.3e}", "FLOPs/image")
-    batch = f"{config.train.batch} image{'s' if config.train.batch > 1 else ''} a step"
-    out.add_row("peak memory", f"{found.bytes / DECIMAL:,.3f}", f"GB, {batch}, {config.train.precision}")
+    out.add_row("peak memory", f"{found.bytes / DECIMAL:,.3f}", f"GB, {_step(config.run().train)}")
     for kind, size in found.kinds.items():
         out.add_row(f"  {kind}", f"{size / DECIMAL:,.3f}", "GB")
     return out
+
+
+def _step(train: TrainConfig) -> str:
+    """The training step in words."""
+    images = f"{train.batch} image{'s' if train.batch > 1 else ''} a step"
+    parts = [f"in {train.accumulate} parts"] * (train.accumulate > 1)
+    return ", ".join([images, *parts, train.precision, train.optimiser, *["recomputed"] * train.recompute])
 
 
 def _answer(memory: str, limit: int, bytes_of: Callable[[int], int], turns: Sequence[int]) -> str:

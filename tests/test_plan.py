@@ -7,6 +7,7 @@ import statistics
 import sys
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import models
 from attnbench import measure, plan, predict, trace, train
-from attnbench.config import ModelConfig, RunConfig, TrainConfig
+from attnbench.config import ModelConfig, RunConfig, StepConfig, TrainConfig
 from attnbench.errors import Refusal
 from attnbench.measure import Request
 from attnbench.optimiser import make_optimiser
@@ -177,9 +178,11 @@ def test_flops_whatever_the_reach_and_the_grid(
 # --- against the child that really trains -----------------------------------------------------------------------------
 
 
-def agrees(variant: str, side: int, batch: int) -> None:
+def agrees(variant: str, side: int, batch: int, **told: Any) -> None:
     """With the median of three children: of a small model's peak single ones differ by up to 3 %."""
     request = request_for(variant, side, batch)
+    train = request.config.train.model_copy(update=told)
+    request = replace(request, config=request.config.model_copy(update={"train": train}))
     measured = statistics.median(measure.peak_bytes(request) for _ in range(3))
     assert predict.peak_bytes(request) == pytest.approx(measured, rel=0.02)
 
@@ -192,6 +195,14 @@ def agrees(variant: str, side: int, batch: int) -> None:
 )
 def test_within_two_percent_of_the_measured_peak(variant: str, side: int, batch: int) -> None:
     agrees(variant, side, batch)
+
+
+@ON_LINUX
+@pytest.mark.serial
+@pytest.mark.parametrize(("variant", "side", "batch"), [("dense1d", 16, 32), ("local2d", 32, 8)])
+@pytest.mark.parametrize("told", [{"recompute": True}, {"optimiser": "muon", "accumulate": 2}])
+def test_within_two_percent_however_it_is_trained(variant: str, side: int, batch: int, told: dict[str, Any]) -> None:
+    agrees(variant, side, batch, **told)
 
 
 @ON_LINUX
@@ -302,6 +313,28 @@ def test_bad_input_is_refused(argv: list[str]) -> None:
     with pytest.raises(Refusal) as refused:
         plan.parse(argv)
     assert "\n" not in str(refused.value)
+
+
+def test_the_step_is_told_as_a_runs_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """By the same names, with the same words; but for one image, and in the precision of a CPU."""
+    shared = StepConfig.model_fields
+    assert plan.PlannedStep.model_fields.keys() == shared.keys() and shared.keys() < TrainConfig.model_fields.keys()
+    assert all(plan.PlannedStep.model_fields[name].description == told.description for name, told in shared.items())
+    flags = ["--train.recompute", "--train.optimiser", "muon", "--train.batch", "4", "--train.accumulate", "2"]
+    run = plan.parse(["--side", "8", *flags]).run().train
+    assert run == TrainConfig(recompute=True, optimiser="muon", batch=4, accumulate=2, precision="float32")
+    assert plan.parse(["--side", "8"]).run().train == TrainConfig(batch=1, precision="float32")
+    assert plan.main(["--side", "4", *flags]) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "GB, 4 images a step, in 2 parts, float32, muon, recomputed" in said
+
+
+def test_recomputing_takes_less_memory() -> None:
+    needs = []
+    for more in ([], ["--train.recompute"]):
+        config = plan.parse(["--side", "32", "--train.batch", "8", *more]).run()
+        needs.append(predict.peak_bytes(Request(config, 32, 32, 17)))
+    assert needs[1] < 0.5 * needs[0]
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
