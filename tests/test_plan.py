@@ -7,6 +7,7 @@ import statistics
 import sys
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -341,6 +342,53 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["--side", "8", "--memory", "60MB", "--model.depth", "2"]) == 0
     said = capsys.readouterr().out
     assert "peak memory" in said and "largest side that fits into 60MB: " in said
+
+
+OWN = """
+import models, torch
+
+class Empty(models.Mixer):
+    pass
+
+class Wrong(models.Mixer):
+    def forward(self, q, k, v):
+        return v @ torch.zeros(3, 3)
+
+class Uncounted(models.Mixer):
+    def forward(self, q, k, v):
+        return v
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "words"),
+    [
+        ("Empty", ["--side", "6"], "NotImplementedError: Empty has no flops; write one"),
+        ("Empty", ["--memory", "1MB"], "NotImplementedError: Empty has no forward; write one"),
+        ("Wrong", ["--memory", "1MB"], "RuntimeError: "),
+        ("Uncounted", ["--memory", "1MB"], None),  # nobody asked for its FLOPs
+    ],
+)
+def test_an_own_attention_that_fails_is_refused(name: str, asked: list[str], words: str | None, tmp_path: Path) -> None:
+    file = tmp_path / f"own_{name}_{len(asked[0])}.py"
+    file.write_text(OWN)
+    argv = ["--variant", f"{file}:{name}", "--model.depth", "2", *asked]
+    if words is None:
+        assert plan.main(argv) == 0
+        return
+    with pytest.raises(Refusal) as refused:
+        plan.main(argv)
+    said = str(refused.value)
+    assert said.startswith(f"{file}:{name}: {words}") and said.endswith("; mend it") and "\n" not in said
+
+
+def test_a_bug_of_the_catalogues_own_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: object) -> int:
+        raise NotImplementedError("a bug")
+
+    monkeypatch.setattr(models.VARIANTS["local2d"].cls, "flops", broken)
+    with pytest.raises(NotImplementedError):
+        plan.main(["--variant", "local2d", "--side", "4"])
 
 
 @pytest.mark.gpu
