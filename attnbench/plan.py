@@ -104,7 +104,8 @@ def parse(argv: Sequence[str] | None = None) -> PlanConfig:
     """The command line's plan; a preset's shape stands where the defaults stood, so that flags win. Raises Refusal."""
     told = list(sys.argv[1:] if argv is None else argv)
     words = [word for flag in told for word in flag.split("=", 1)]
-    name = next((after for word, after in itertools.pairwise(words) if word == "--preset"), None)
+    named = [after for word, after in itertools.pairwise(words) if word == "--preset"]
+    name = named[-1] if named else None  # as of every flag that is given twice
     config = cli.parse(_with_preset(PRESETS.get(name or "", {})), told, prog="attnbench.plan")
     if config.preset != name:
         raise Refusal(f"preset {config.preset!r} stands in a file; give it as a flag: --preset {config.preset}")

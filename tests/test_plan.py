@@ -284,6 +284,11 @@ def test_a_preset_is_the_default_and_flags_win() -> None:
     assert plan.parse(["--side", "32"]).model == ModelConfig()
 
 
+def test_the_last_of_two_presets_wins() -> None:
+    config = plan.parse(["--side", "32", "--preset", "igpt-m", "--preset=igpt-s"])
+    assert (config.preset, config.model.dim) == ("igpt-s", plan.PRESETS["igpt-s"]["dim"])
+
+
 @pytest.mark.parametrize(
     ("preset", "millions"), [("igpt-s", 76.57), ("igpt-m", 455.16), ("igpt-l", 1362.25), ("igpt-xl", 6801.4)]
 )
