@@ -148,6 +148,35 @@ def test_few_rows_that_do_otherwise_are_not_continued(monkeypatch: pytest.Monkey
     assert count > 4
 
 
+def test_rows_that_fill_a_loop_late_are_told_from_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    """512 rows of 73 pixels fill groups of 512 slots; so do 512 pixels in a column. The line through a few groups is
+    1.2 MB below, as it is with rows that fill them soon."""
+    request = replace(request_for("based", 73, depth=2), height=91)
+    whole = trace.step(request).bytes
+    sizes: list[int] = []
+
+    def traced(request: Request, limit: int | None) -> predict.Figures:
+        sizes.append(request.height * request.width)
+        if limit is not None:
+            raise trace.TooLong("for the column's sake")
+        peaks = trace.step(request).peaks
+        return {(place, kind): Fraction(size) for place, kinds in peaks.items() for kind, size in kinds.items()}
+
+    monkeypatch.setattr(predict, "_traced", traced)
+    monkeypatch.setattr(predict, "MANY", 1)
+    assert predict.peak_bytes(request) == pytest.approx(whole, rel=0.015)
+    assert max(sizes[1:]) < 5000 < sizes[0]
+
+
+@pytest.mark.parametrize(("position", "options"), [("learned2d", {}), (None, {"band": 4})])
+def test_what_knows_rows_is_not_told_from_a_column(position: str | None, options: dict[str, int]) -> None:
+    told = replace(request_for("decay2d" if options else "based", 300), height=200)
+    model = told.config.model.model_copy(update={"options": options, "backend": "blocked"})
+    config = told.config.model_copy(update={"position": position, "model": model})
+    assert predict._is_as_a_column(replace(request_for("based", 300), height=201))
+    assert not predict._is_as_a_column(replace(told, config=config))
+
+
 @pytest.mark.parametrize("variant", ["dense1d", "local2d", "strided", "axial", "linear"])
 def test_flops_of_many_rows_from_few(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     request = replace(request_for(variant, 24, depth=1), height=96)
