@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import tyro
 import yaml
@@ -115,43 +115,54 @@ class ModelConfig(Settings):
         return self
 
 
-class TrainConfig(Settings):
+class StepConfig(Settings):
+    """A training step: all of training that its memory depends on."""
+
+    batch: PositiveInt = 64
+    """Images a step, over all accumulated parts."""
+    accumulate: PositiveInt = 1
+    """Parts that a batch is cut into; must divide batch."""
+    optimiser: Literal["adam", "muon"] = "adam"
+    """adam: (0.9, 0.95), as Image GPT; muon: for the matrices inside the blocks, with adam for all else."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
+    recompute: bool = False
+    """Keep only each block's input for the backward pass and compute what is inside again: less memory, more time."""
+
+    @model_validator(mode="after")
+    def _parts_divide_batch(self) -> Self:
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"accumulate {self.accumulate} does not divide batch {self.batch}; pick one of its divisors"
+            )
+        return self
+
+    def on(self, device: str) -> Self:
+        """The same with the precision that auto is on that device."""
+        if self.precision != "auto":
+            return self
+        return self.model_copy(update={"precision": "bfloat16" if device == "cuda" else "float32"})
+
+
+class TrainConfig(StepConfig):
     """The optimiser, its budget and its schedule: linear warm-up, cosine to zero."""
 
     steps: PositiveInt = 400
     """Optimiser steps."""
-    batch: PositiveInt = 64
-    """Images a step, over all accumulated parts."""
-    optimiser: Literal["adam", "muon"] = "adam"
-    """adam: (0.9, 0.95), as Image GPT; muon: for the matrices inside the blocks, with adam for all else."""
     lr: PositiveFloat = 3e-3
     """Peak learning rate."""
     warmup: Annotated[int, Field(ge=0)] = 50
     """Steps of linear warm-up."""
     clip: PositiveFloat = 1.0
     """Gradient norm is clipped to this."""
-    accumulate: PositiveInt = 1
-    """Parts that a batch is cut into; must divide batch."""
     validate_every: PositiveInt = 50
     """Steps between validations; the best weights by validation are the ones evaluated."""
     validation_images: PositiveInt = 512
     """Most images a validation during training looks at."""
     checkpoint_every: PositiveInt = 200
     """Steps between checkpoints: what a kill can lose at most."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
     compile: bool = False
     """Compile the model with torch.compile."""
-    recompute: bool = False
-    """Keep only each block's input for the backward pass and compute what is inside again: less memory, more time."""
-
-    @model_validator(mode="after")
-    def _parts_divide_batch(self) -> TrainConfig:
-        if self.batch % self.accumulate:
-            raise ValueError(
-                f"accumulate {self.accumulate} does not divide batch {self.batch}; pick one of its divisors"
-            )
-        return self
 
 
 class EvaluateConfig(Settings):

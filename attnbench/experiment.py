@@ -75,9 +75,6 @@ def resolve(config: RunConfig, cuda: bool | None = None) -> RunConfig:
     if config.device == "cuda" and not cuda:
         raise Refusal("device cuda: this machine has no CUDA GPU that torch can use; leave --device at auto")
     device = config.device if config.device != "auto" else "cuda" if cuda else "cpu"
-    precision = config.train.precision
-    if precision == "auto":
-        precision = "bfloat16" if device == "cuda" else "float32"
     code = variants.code(config.variant)
     if config.code not in (None, code):
         raise Refusal(f"{config.variant} has been changed since this run was asked for; ask for it again")
@@ -86,7 +83,7 @@ def resolve(config: RunConfig, cuda: bool | None = None) -> RunConfig:
             "device": device,
             "code": code,
             "parallel": distributed.resolve(config.parallel),
-            "train": config.train.model_copy(update={"precision": precision}),
+            "train": config.train.on(device),
         }
     )
     return variants.plain(decided)

@@ -5,18 +5,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import ByteSize, PositiveInt, TypeAdapter, create_model, field_validator, model_validator
+from pydantic import Field, PositiveInt, create_model, model_validator
 
 from attnbench import cli
-from attnbench.config import ModelConfig, RunConfig, Settings, TrainConfig
+from attnbench.config import Memory, ModelConfig, RunConfig, Settings, StepConfig, TrainConfig, size_of
 from attnbench.errors import Refusal
 
 if TYPE_CHECKING:
@@ -27,25 +28,16 @@ if TYPE_CHECKING:
 PRESETS: dict[str, dict[str, int]] = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text())
 LARGEST = 2**15
 """No larger side is looked for."""
+START = 64
+"""The side that the search asks for first, whatever else is planned: so it has one answer."""
 
 DECIMAL = 10**9
 
 
-class Step(Settings):
+class PlannedStep(StepConfig):
     """The training step."""
 
-    batch: PositiveInt = 1
-    """Images a step."""
-    accumulate: PositiveInt = 1
-    """Parts that a batch is cut into; must divide batch."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast; parameters and optimiser stay in float32."""
-
-    @model_validator(mode="after")
-    def _parts(self) -> Step:
-        if self.batch % self.accumulate:
-            raise ValueError(f"accumulate {self.accumulate} does not divide batch {self.batch}; pick one that does")
-        return self
+    batch: PositiveInt = Field(default=1, description=StepConfig.model_fields["batch"].description)
 
 
 class PlanConfig(Settings):
@@ -65,17 +57,10 @@ class PlanConfig(Settings):
     """Columns of tokens, where images are not square."""
     vocab: PositiveInt = 512
     """Colours or levels: how many values a token takes."""
-    memory: str | None = None
+    memory: Memory | None = None
     """Bytes to fit into, such as 80GB or 24GiB: asks for the largest side."""
     model: ModelConfig = ModelConfig()
-    train: Step = Step()
-
-    @field_validator("memory")
-    @classmethod
-    def _size(cls, value: str | None) -> str | None:
-        if value is not None and TypeAdapter(ByteSize).validate_python(value) < 1:
-            raise ValueError("a size in bytes must be above 0; write --memory 24GB")
-        return value
+    train: PlannedStep = PlannedStep()
 
     @model_validator(mode="after")
     def _shape(self) -> PlanConfig:
@@ -99,11 +84,11 @@ class PlanConfig(Settings):
     @property
     def limit(self) -> int | None:
         """Bytes to fit into."""
-        return None if self.memory is None else int(TypeAdapter(ByteSize).validate_python(self.memory))
+        return None if self.memory is None else size_of(self.memory)
 
     def run(self) -> RunConfig:
-        """The run that is planned."""
-        train = TrainConfig(**self.train.model_dump())
+        """The run that is planned: on a CPU."""
+        train = TrainConfig(**self.train.on("cpu").model_dump())
         model = ModelConfig(**self.model.model_dump())
         return RunConfig(variant=self.variant, position=self.position, model=model, train=train, device="cpu")
 
@@ -112,7 +97,8 @@ def parse(argv: Sequence[str] | None = None) -> PlanConfig:
     """The command line's plan; a preset's shape stands where the defaults stood, so that flags win. Raises Refusal."""
     told = list(sys.argv[1:] if argv is None else argv)
     words = [word for flag in told for word in flag.split("=", 1)]
-    name = next((after for word, after in itertools.pairwise(words) if word == "--preset"), None)
+    named = [after for word, after in itertools.pairwise(words) if word == "--preset"]
+    name = named[-1] if named else None  # as of every flag that is given twice
     config = cli.parse(_with_preset(PRESETS.get(name or "", {})), told, prog="attnbench.plan")
     if config.preset != name:
         raise Refusal(f"preset {config.preset!r} stands in a file; give it as a flag: --preset {config.preset}")
@@ -128,14 +114,23 @@ def _with_preset(shape: dict[str, int]) -> type[PlanConfig]:
     return create_model("PlanConfig", __base__=PlanConfig, __doc__=PlanConfig.__doc__, model=(model, model()))
 
 
-def largest_side(bytes_of: Callable[[int], int], limit: int, start: int = 32) -> int:
-    """The largest side whose `bytes_of` is at most `limit`, 0 if none; `bytes_of` must not fall with the side.
+def largest_side(bytes_of: Callable[[int], int], limit: int, turns: Sequence[int] = ()) -> int:
+    """The largest side, up to LARGEST, whose `bytes_of` is at most `limit`; 0 if none.
 
-    A parabola in the side through the last two answers guesses the next; where it goes wrong, bisection.
+    `bytes_of` may fall with the side at `turns` alone.  Where it falls elsewhere, what is returned still fits, and the
+    next side does not, but a larger one may.
+
+    Above the last turn, or else between two, a parabola in the side through the last two answers guesses the next;
+    where it goes wrong, bisection.
     """
     known: dict[int, int] = {}
     fits, over = 0, LARGEST + 1
-    guess = start
+    for turn in sorted(turns, reverse=True):
+        if (need := bytes_of(turn)) <= limit:
+            fits, known = turn, {turn: need}
+            break
+        over = turn
+    guess = min(max(START, 2 * fits), over - 1)
     while over - fits > 1:
         known[guess] = bytes_of(guess)
         fits, over = (guess, over) if known[guess] <= limit else (fits, guess)
@@ -170,23 +165,42 @@ def _table(config: PlanConfig, shape: tuple[int, int], found: Prediction) -> Tab
     out.add_row("parameters", f"{found.parameters / 1e6:,.2f}", "million")
     out.add_row("forward", f"{found.flops:.3e}", "FLOPs/image")
     out.add_row("training", f"{3 * found.flops:.3e}", "FLOPs/image")
-    batch = f"{config.train.batch} image{'s' if config.train.batch > 1 else ''} a step"
-    out.add_row("peak memory", f"{found.bytes / DECIMAL:,.3f}", f"GB, {batch}, {config.train.precision}")
+    out.add_row("peak memory", f"{found.bytes / DECIMAL:,.3f}", f"GB, {_step(config.run().train)}")
     for kind, size in found.kinds.items():
         out.add_row(f"  {kind}", f"{size / DECIMAL:,.3f}", "GB")
     return out
 
 
-def _answer(config: PlanConfig, limit: int, bytes_of: Callable[[int], int]) -> str:
+def _step(train: TrainConfig) -> str:
+    """The training step in words."""
+    images = f"{train.batch} image{'s' if train.batch > 1 else ''} a step"
+    parts = [f"in {train.accumulate} parts"] * (train.accumulate > 1)
+    return ", ".join([images, *parts, train.precision, train.optimiser, *["recomputed"] * train.recompute])
+
+
+def _answer(memory: str, limit: int, bytes_of: Callable[[int], int], turns: Sequence[int]) -> str:
     """The largest side that fits, in a line."""
-    side = largest_side(bytes_of, limit, start=min(config.shape or (32, 32)))
+    side = largest_side(bytes_of, limit, turns)
     if not side:
-        return f"no side fits into {config.memory}: a single pixel needs {bytes_of(1) / DECIMAL:,.3f} GB"
-    need, more = bytes_of(side) / DECIMAL, bytes_of(side + 1) / DECIMAL
-    return (
-        f"largest side that fits into {config.memory}: {side} ({side * side:,} tokens, {need:,.3f} GB; "
-        f"{side + 1} needs {more:,.3f} GB)"
-    )
+        return f"no side fits into {memory}: a single pixel needs {bytes_of(1) / DECIMAL:,.3f} GB"
+    need = f"{side * side:,} tokens, {bytes_of(side) / DECIMAL:,.3f} GB"
+    if side == LARGEST:
+        return f"largest side that fits into {memory}: {side} or more ({need}; no larger one is looked for)"
+    more = bytes_of(side + 1) / DECIMAL
+    return f"largest side that fits into {memory}: {side} ({need}; {side + 1} needs {more:,.3f} GB)"
+
+
+@contextlib.contextmanager
+def _own_refused(variant: str) -> Iterator[None]:
+    """What fails in anyone's own attention is a Refusal; in the catalogue's it is a bug, and stays one."""
+    from attnbench import variants
+
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, Refusal) or variants.code(variant) is None:
+            raise
+        raise Refusal(f"{variant}: {type(error).__name__}: {' '.join(str(error).split())}; mend it") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -202,12 +216,12 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)  # tables of whole numbers are all that is computed
     shape, limit = config.shape, config.limit
     run = variants.with_objective(config.run())
-    predictor = predict.Predictor(Request(run, *(shape or (8, 8)), config.vocab))
-    console = Console()
-    if shape is not None:
-        console.print(_table(config, shape, predictor(*shape)))
-    if limit is not None:
-        print(_answer(config, limit, cache(lambda side: predictor.bytes(side, side))))
+    with _own_refused(run.variant):
+        predictor = predict.Predictor(Request(run, *(shape or (8, 8)), config.vocab))
+        if shape is not None:
+            Console().print(_table(config, shape, predictor(*shape)))
+        if config.memory is not None and limit is not None:
+            print(_answer(config.memory, limit, cache(lambda side: predictor.bytes(side, side)), predictor.turns()))
     return 0
 
 

@@ -5,8 +5,8 @@ stretch of the step; where layers do not repeat, it is traced as it is. A stretc
 like among the first layers or the last: from one layer to the next what is alive grows, or falls, by the same.
 
 A step of very many operations, which is that of a recurrence that walks the sequence, is traced at small heights of the
-same width and continued along a line too; the FLOPs of long sequences along the parabola through three. A continuation
-is exact where the figure is such a polynomial; tests compare.
+same width, or of a column where that is the same, and continued along a line too; the FLOPs of long sequences along
+the parabola through three. A continuation is exact where the figure is such a polynomial; tests compare.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from itertools import product
-from math import gcd, inf, lcm
+from math import gcd, inf, isqrt, lcm
 from typing import Any
 
 from torch import nn
 
 from attnbench import trace, variants
+from attnbench.errors import Refusal
 from attnbench.measure import Request
 from models.mixer import Mixer
 
@@ -34,8 +35,14 @@ PERIODS = (1, 2, 3, 4, 5, 6, 8)
 OPERATIONS = 5_000
 """A step of more for each layer is not traced at full height."""
 
+MANY = 2**15
+"""Slots beyond which another shape of image is looked for, of which fewer will do."""
+
 STRAIGHT = 0.001
 """So much of the peak may the third of three heights lie beside the line through the others."""
+
+TURNED = 64
+"""A side at which units are what they are at larger ones: a loop's chunk may be as short as a small image."""
 
 LONG = 2**13
 """FLOPs of longer sequences are continued from shorter ones: exact masks are counted pair by pair."""
@@ -80,6 +87,12 @@ class Predictor:
         """The peak alone."""
         return sum(_worst(self._peaks(height, width)).values())
 
+    def turns(self) -> list[int]:
+        """The sides from which on a loop over the sequence takes more than one unit of some mixer's (Mixer.unit): it
+        may then do its work anew in the backward pass, so that a larger square may need less."""
+        mixers = _mixers(self._shallow(TURNED, TURNED)[-1][1]) if self._walked else []
+        return sorted({isqrt(mixer.unit) + 1 for mixer in mixers if mixer.unit > 1})
+
     def _shallow(self, height: int, width: int) -> list[tuple[int, Request]]:
         """The models that are traced, by depth: two shallow ones where layers repeat."""
         request = replace(self._request, height=height, width=width)
@@ -90,19 +103,24 @@ class Predictor:
 
     def _memory(self, height: int, width: int) -> Figures:
         """The stretches' peaks."""
-        (depth, shallowest), *others = self._shallow(height, width)
-        points = self._whole(shallowest) or _confirmed(shallowest)
+        shallow = self._shallow(height, width)
+        points = self._whole(shallow[0][1])
+        if not points and _is_as_a_column(shallow[0][1]):
+            height, shallow = height * width, self._shallow(height * width, 1)
+        (depth, shallowest), *others = shallow
+        points = points or _confirmed(shallowest)
         heights = [h for h, _ in points]
         through = [(depth, _continued(points, height))]
         return self._deep(through + [(d, _continued(_at(r, heights), height)) for d, r in others])
 
     def _whole(self, request: Request) -> list[tuple[int, Figures]]:
-        """The peaks at full height; none where that takes too many operations and there are small heights."""
-        small, slots = self._walked and _small_heights(request, rows=1, slots=256), request.height * request.width
-        if small and slots >= self._long:
+        """The peaks at full height; none where that takes too many operations and may be told from fewer slots."""
+        fewer = self._walked and (_small_heights(request, rows=1, slots=256) or _unit(request) > 1)
+        slots = request.height * request.width
+        if fewer and slots >= self._long:
             return []
         try:
-            return [(request.height, _traced(request, OPERATIONS * request.config.model.depth if small else None))]
+            return [(request.height, _traced(request, OPERATIONS * request.config.model.depth if fewer else None))]
         except trace.TooLong:
             self._long = slots
             return []
@@ -134,6 +152,8 @@ def _confirmed(request: Request) -> list[tuple[int, Figures]]:
     """Two small heights, whose line a third has confirmed: a model may do otherwise from some size on (compute in
     groups, and again in the backward pass). Then taller ones, or the full height where there are none."""
     heights = _small_heights(request, rows=1, slots=256)
+    if not heights:
+        return _at(request, [request.height])
     points = _at(request, heights)
     while _beside(points) > STRAIGHT:
         first, step = points[2][0], 2 * (points[2][0] - points[1][0])
@@ -141,6 +161,22 @@ def _confirmed(request: Request) -> list[tuple[int, Figures]]:
             return _at(request, [request.height])
         points = [points[2], *_at(request, [first + step, first + 2 * step])]
     return points[1:]
+
+
+def _is_as_a_column(request: Request) -> bool:
+    """Whether rows that fill the units of the mixers' loops are many, and a column of one pixel, of which any number
+    does, has the same peak: tried on as few rows as fill two."""
+    heights, width = _small_heights(request, rows=1, slots=256), request.width
+    if heights and heights[-1] * width <= MANY:
+        return False
+    rows = min(-(-2 * _unit(request) // width), request.height)
+    peaks = []
+    for height, across in ((rows, width), (rows * width, 1)):
+        try:
+            peaks.append(sum(_worst(_traced(replace(request, height=height, width=across), None)).values()))
+        except Refusal:  # an option is bound by the width
+            return False
+    return abs(peaks[0] - peaks[1]) <= STRAIGHT * peaks[0]
 
 
 def _beside(points: list[tuple[int, Figures]]) -> float:
@@ -191,7 +227,7 @@ def _small_heights(request: Request, rows: int, slots: int) -> list[int]:
     They leave the same rest as the request's height in `rows` and in the rows that fill the units of the mixers' loops,
     of which each height has at least two.
     """
-    unit, width = lcm(*(mixer.unit for mixer in _mixers(request))), request.width
+    unit, width = _unit(request), request.width
     stride = lcm(rows, unit // gcd(width, unit))
     slots = max(slots, 2 * unit)
     stride *= -(-slots // (stride * width))
@@ -199,6 +235,11 @@ def _small_heights(request: Request, rows: int, slots: int) -> list[int]:
     first += stride if first < max(rows, -(-slots // width)) else 0
     heights = [first, first + stride, first + 2 * stride]
     return heights if heights[-1] < request.height else []
+
+
+def _unit(request: Request) -> int:
+    """Slots that fill the units of all of the mixers' loops."""
+    return lcm(*(mixer.unit for mixer in _mixers(request)))
 
 
 def _mixers(request: Request) -> list[Mixer]:

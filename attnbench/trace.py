@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -27,7 +28,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import models
 from attnbench import train
@@ -111,13 +112,14 @@ class Meter(TorchDispatchMode):
         if self.phase != "backward" and torch._C._current_graph_task_id() != -1:
             self.enter("backward")
         out = _run(func, args, kwargs or {})
-        self.trace.operations += 1
+        made = (out,) if isinstance(out, Tensor) else out if isinstance(out, tuple | list) else ()
+        self.trace.operations += max(1, len(made))  # it takes as long to fake so many
         if self.phase == "forward" and self._device == "cpu":
             self._nodes += 1
             self._count("overhead", NODE)
         if self._limit is not None and self.trace.operations > self._limit:
             raise TooLong(f"more than {self._limit} operations")
-        for tensor in (out,) if isinstance(out, Tensor) else out if isinstance(out, tuple | list) else ():
+        for tensor in made:
             if isinstance(tensor, Tensor):
                 self._add(tensor)
         if self._device == "cpu" and func in CONVOLUTIONS:
@@ -236,13 +238,20 @@ def _overhead(size: int, device: str) -> int:
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """The operation on fake tensors; for real where it has none and gives small whole numbers."""
+    """The operation on fake tensors; for real where it has none and gives small whole numbers.
+
+    A sum or product of real tensors FakeTensorMode computes before it asks for their shape, however large (torch 2.13).
+    """
     if any(isinstance(x, FakeTensor) for x in args) or any(
         isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))
     ):
         return func(*args, **kwargs)
+    mode = active_fake_mode()
+    assert mode is not None
+    lifted = func in mode.lift_fns  # a constant, which a fake one is not
+    fake_args, fake_kwargs = (args, kwargs) if lifted else tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
     try:
-        out = func(*args, **kwargs)
+        out = func(*fake_args, **fake_kwargs)
         real = all(_is_small_table(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
     except (DataDependentOutputException, DynamicOutputShapeException):
         real = True

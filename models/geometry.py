@@ -25,6 +25,9 @@ from .registry import choose
 
 Predicate = Callable[[Tensor, Tensor], Tensor]
 
+CELLS = 2**18
+"""Pairs that are counted at a time: whole numbers of so many stay in a core's cache."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -261,6 +264,33 @@ class Tiles(NamedTuple):
 
     queries: Tensor  # (tiles, queries)
     keys: Tensor  # (tiles, keys)
+
+    def mask(self, visible: Predicate) -> Tensor:
+        """bool (tiles, queries, keys): what the predicate shows, nothing where there is no query or no key."""
+        queries, keys = self.queries[:, :, None], self.keys[:, None, :]
+        return visible(queries, keys) & (queries >= 0) & (keys >= 0)
+
+    def pairs(self, visible: Predicate) -> int:
+        """How many pairs of the mask are True, counted in slices of about CELLS pairs."""
+        rows = max(1, CELLS // self.keys.shape[1])
+        some = max(1, rows // self.queries.shape[1])
+        return sum(
+            int(Tiles(part, keys).mask(visible).sum())
+            for queries, keys in zip(self.queries.split(some), self.keys.split(some), strict=True)
+            for part in queries.split(rows, dim=1)
+        )
+
+
+def pairs_by_distance(scan: Scan, visible: Predicate) -> int:
+    """How many (query, key) pairs a predicate shows that asks for the distance along the scan alone, and with "bert"
+    on both sides alike; time and memory O(n).
+
+    The scan's last target stands at every distance, and as many targets as a key's place has before and in it do too.
+    """
+    size = scan.grid.size
+    slot = torch.arange(size)
+    found = int((scan.content_place(slot) + 1)[visible(slot[-1:], slot)].sum())
+    return found + size if scan.causal else 2 * found - size  # the start token; both sides, but distance 0 once
 
 
 def runs(scan: Scan, window: int, length: int = 64) -> Tiles:

@@ -240,10 +240,9 @@ class ExactMixer(Mixer):
         """Query slots (tiles, queries), key slots (tiles, keys) and mask (tiles, queries, keys), made once a device."""
         if self._tiles is None or self._tiles[0].device != device:
             with torch.inference_mode(False):  # kept for later passes, which may be training
-                queries, keys = self.tiles()
-                mask = self.visible()(queries[:, :, None], keys[:, None, :]) & (keys >= 0)[:, None, :]
-                mask &= (queries >= 0)[:, :, None]
-            self._tiles = (queries.to(device), keys.to(device), mask.to(device))
+                tiles = self.tiles()
+                mask = tiles.mask(self.visible())
+            self._tiles = (tiles.queries.to(device), tiles.keys.to(device), mask.to(device))
         return self._tiles
 
     def _blocked(self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None) -> Tensor:
@@ -311,7 +310,7 @@ class ExactMixer(Mixer):
 
     def pairs(self) -> int:
         """How many (query, key) pairs are visible."""
-        return int(self._tables(torch.device("cpu"))[2].sum())
+        return self.tiles().pairs(self.visible())
 
     def flops(self) -> int:
         return 4 * self.layer.heads * self.layer.head_dim * self.pairs()

@@ -167,13 +167,11 @@ class Strided(ExactMixer):
         return softmax_over_parts(q, k, v, self.parts(q.device), bias)
 
     def pairs(self) -> int:
-        return sum(int(mask.sum()) for _, _, mask in self.parts(torch.device("cpu")))
+        return geometry.pairs_by_distance(self.layer.scan, self.visible())
 
 
 def _part(tiles: Tiles, visible: Predicate, device: torch.device) -> Part:
-    queries, keys = tiles
-    mask = visible(queries[:, :, None], keys[:, None, :]) & (queries >= 0)[:, :, None] & (keys >= 0)[:, None, :]
-    return queries.to(device), keys.to(device), mask.to(device)
+    return tiles.queries.to(device), tiles.keys.to(device), tiles.mask(visible).to(device)
 
 
 def softmax_over_parts(q: Tensor, k: Tensor, v: Tensor, parts: list[Part], bias: ScoreBias | None) -> Tensor:

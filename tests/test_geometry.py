@@ -156,6 +156,30 @@ def test_tiles_hold_every_query_once_and_every_visible_key_once(name: str, order
         assert not (want & ~reached).any(), f"{height}×{width}"
 
 
+@pytest.mark.parametrize("cells", [1, 7, 50, geometry.CELLS])
+@pytest.mark.parametrize("name", [name for name in MASKS if name != "strided"])
+def test_pairs_are_those_of_the_mask_in_slices_of_any_size(
+    name: str, cells: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(geometry, "CELLS", cells)
+    for objective, order in itertools.product(("ar", "bert"), ORDERS):
+        scan = Scan(Grid(5, 7), objective, order)
+        visible, (tiles,) = MASKS[name][0](scan), MASKS[name][1](scan)
+        assert tiles.pairs(visible) == int(geometry.matrix(visible, 35).sum())
+
+
+@pytest.mark.parametrize("objective", ["ar", "bert"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("mask", [geometry.strided, geometry.window1d])
+def test_pairs_by_distance_are_those_of_the_mask(
+    mask: Callable[[Scan, int], Predicate], order: str, objective: str
+) -> None:
+    for (height, width), reach in itertools.product(SHAPES, (1, 2, 4, 7, 11, 100)):
+        scan = Scan(Grid(height, width), objective, order)
+        visible = mask(scan, reach)
+        assert geometry.pairs_by_distance(scan, visible) == int(geometry.matrix(visible, scan.grid.size).sum())
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_reach_beyond_the_grid_makes_no_wider_tiles(order: str) -> None:
     scan = Scan(Grid(3, 40), "ar", order)

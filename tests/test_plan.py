@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import models
 from attnbench import measure, plan, predict, trace, train
-from attnbench.config import ModelConfig, RunConfig, TrainConfig
+from attnbench.config import ModelConfig, RunConfig, StepConfig, TrainConfig
 from attnbench.errors import Refusal
 from attnbench.measure import Request
 from attnbench.optimiser import make_optimiser
@@ -75,8 +78,25 @@ def test_a_step_of_too_many_operations_is_given_up() -> None:
         trace.step(request_for("dense1d", 4), limit=100)
 
 
+def test_an_operation_counts_once_for_every_tensor_that_it_makes() -> None:
+    """To split a long sequence into its chunks takes as long as it has chunks."""
+    with FakeTensorMode(), trace.Meter("cpu", None) as meter:
+        torch.zeros(100, 2).unbind()
+    assert meter.trace.operations == 101
+
+
 def test_bert_is_traced_too() -> None:
     assert trace.step(request_for("dense1d", 8, objective="bert")).bytes > 0
+
+
+@ON_LINUX
+@pytest.mark.serial
+def test_long_tables_and_counts_take_no_memory() -> None:
+    """Laid out, who sees whom among 147,456 slots took 1 GB: it is counted in slices, and no large table is made."""
+    meter = measure.PeakMeter("cpu")
+    for variant in ("strided", "fixed"):
+        predict.Predictor(request_for(variant, 384))(384, 384)
+    assert meter.bytes() < 300e6
 
 
 # --- few layers, few rows ---------------------------------------------------------------------------------------------
@@ -128,6 +148,35 @@ def test_few_rows_that_do_otherwise_are_not_continued(monkeypatch: pytest.Monkey
     assert count > 4
 
 
+def test_rows_that_fill_a_loop_late_are_told_from_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    """512 rows of 73 pixels fill groups of 512 slots; so do 512 pixels in a column. The line through a few groups is
+    1.2 MB below, as it is with rows that fill them soon."""
+    request = replace(request_for("based", 73, depth=2), height=91)
+    whole = trace.step(request).bytes
+    sizes: list[int] = []
+
+    def traced(request: Request, limit: int | None) -> predict.Figures:
+        sizes.append(request.height * request.width)
+        if limit is not None:
+            raise trace.TooLong("for the column's sake")
+        peaks = trace.step(request).peaks
+        return {(place, kind): Fraction(size) for place, kinds in peaks.items() for kind, size in kinds.items()}
+
+    monkeypatch.setattr(predict, "_traced", traced)
+    monkeypatch.setattr(predict, "MANY", 1)
+    assert predict.peak_bytes(request) == pytest.approx(whole, rel=0.015)
+    assert max(sizes[1:]) < 5000 < sizes[0]
+
+
+@pytest.mark.parametrize(("position", "options"), [("learned2d", {}), (None, {"band": 4})])
+def test_what_knows_rows_is_not_told_from_a_column(position: str | None, options: dict[str, int]) -> None:
+    told = replace(request_for("decay2d" if options else "based", 300), height=200)
+    model = told.config.model.model_copy(update={"options": options, "backend": "blocked"})
+    config = told.config.model_copy(update={"position": position, "model": model})
+    assert predict._is_as_a_column(replace(request_for("based", 300), height=201))
+    assert not predict._is_as_a_column(replace(told, config=config))
+
+
 @pytest.mark.parametrize("variant", ["dense1d", "local2d", "strided", "axial", "linear"])
 def test_flops_of_many_rows_from_few(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     request = replace(request_for(variant, 24, depth=1), height=96)
@@ -159,9 +208,11 @@ def test_flops_whatever_the_reach_and_the_grid(
 # --- against the child that really trains -----------------------------------------------------------------------------
 
 
-def agrees(variant: str, side: int, batch: int) -> None:
+def agrees(variant: str, side: int, batch: int, **told: Any) -> None:
     """With the median of three children: of a small model's peak single ones differ by up to 3 %."""
     request = request_for(variant, side, batch)
+    train = request.config.train.model_copy(update=told)
+    request = replace(request, config=request.config.model_copy(update={"train": train}))
     measured = statistics.median(measure.peak_bytes(request) for _ in range(3))
     assert predict.peak_bytes(request) == pytest.approx(measured, rel=0.02)
 
@@ -174,6 +225,14 @@ def agrees(variant: str, side: int, batch: int) -> None:
 )
 def test_within_two_percent_of_the_measured_peak(variant: str, side: int, batch: int) -> None:
     agrees(variant, side, batch)
+
+
+@ON_LINUX
+@pytest.mark.serial
+@pytest.mark.parametrize(("variant", "side", "batch"), [("dense1d", 16, 32), ("local2d", 32, 8)])
+@pytest.mark.parametrize("told", [{"recompute": True}, {"optimiser": "muon", "accumulate": 2}])
+def test_within_two_percent_however_it_is_trained(variant: str, side: int, batch: int, told: dict[str, Any]) -> None:
+    agrees(variant, side, batch, **told)
 
 
 @ON_LINUX
@@ -203,6 +262,45 @@ def test_the_largest_side(answer: int, power: int) -> None:
 
 def test_no_side_fits() -> None:
     assert plan.largest_side(lambda side: 10 + side, 10) == 0
+    assert plan.largest_side(lambda side: 10 + side, 10, turns=[5, 40]) == 0
+
+
+@pytest.mark.parametrize("turns", [[23], [6, 23], [6, 23, 200], [2, 6, 31, 32, 33]])
+def test_the_largest_side_where_bytes_fall(turns: list[int]) -> None:
+    """By half, at each turn; of all sides, not of those that a search happens to meet."""
+
+    def bytes_of(side: int) -> int:
+        return 1000 + side**2 * 2 ** (8 - sum(side >= turn for turn in turns))
+
+    for limit in (bytes_of(side) + extra for turn in turns for side in range(turn - 2, turn + 9) for extra in (-1, 0)):
+        most = max((side for side in range(1, 2000) if bytes_of(side) <= limit), default=0)
+        assert plan.largest_side(bytes_of, limit, turns) == most
+
+
+def test_bytes_fall_at_turns_alone() -> None:
+    """`based` computes 512 slots, which are fewer than 23², in a group; from the second on it does so twice."""
+    predictor = predict.Predictor(request_for("based", 8))
+    needs = [predictor.bytes(side, side) for side in range(20, 27)]
+    falls = [low > high for low, high in itertools.pairwise(needs)]
+    assert falls == [False, False, True, False, False, False] and predictor.turns() == [23]
+    assert predict.Predictor(request_for("local2d", 8)).turns() == []
+    assert predict.Predictor(request_for("pixelcnn", 8)).turns() == []
+
+
+def test_one_answer_whatever_else_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    """The larger of two sides whose memory is about the same: 20, and 32 with groups."""
+    answers = set()
+    for more in ([], ["--side", "8"]):
+        plan.main(["--variant", "based", "--memory", "25MB", *more])
+        answers.add(capsys.readouterr().out.splitlines()[-1])
+    (answer,) = answers
+    assert int(answer.split(": ")[1].split()[0]) > 22, answer
+
+
+def test_no_larger_side_is_looked_for_and_that_is_said() -> None:
+    said = plan._answer("80GB", 10**9, lambda side: side, ())
+    assert "32768 or more (1,073,741,824 tokens" in said and "32769" not in said
+    assert "or more" not in plan._answer("80GB", plan.LARGEST - 1, lambda side: side, ())
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -213,6 +311,11 @@ def test_a_preset_is_the_default_and_flags_win() -> None:
     assert (config.model.dim, config.model.depth, config.model.heads) == (1024, 36, 16)
     assert config.run().model == ModelConfig(dim=1024, depth=36, heads=16)
     assert plan.parse(["--side", "32"]).model == ModelConfig()
+
+
+def test_the_last_of_two_presets_wins() -> None:
+    config = plan.parse(["--side", "32", "--preset", "igpt-m", "--preset=igpt-s"])
+    assert (config.preset, config.model.dim) == ("igpt-s", plan.PRESETS["igpt-s"]["dim"])
 
 
 @pytest.mark.parametrize(
@@ -247,10 +350,82 @@ def test_bad_input_is_refused(argv: list[str]) -> None:
     assert "\n" not in str(refused.value)
 
 
+def test_the_step_is_told_as_a_runs_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """By the same names, with the same words; but for one image, and in the precision of a CPU."""
+    shared = StepConfig.model_fields
+    assert plan.PlannedStep.model_fields.keys() == shared.keys() and shared.keys() < TrainConfig.model_fields.keys()
+    assert all(plan.PlannedStep.model_fields[name].description == told.description for name, told in shared.items())
+    flags = ["--train.recompute", "--train.optimiser", "muon", "--train.batch", "4", "--train.accumulate", "2"]
+    run = plan.parse(["--side", "8", *flags]).run().train
+    assert run == TrainConfig(recompute=True, optimiser="muon", batch=4, accumulate=2, precision="float32")
+    assert plan.parse(["--side", "8"]).run().train == TrainConfig(batch=1, precision="float32")
+    assert plan.main(["--side", "4", *flags]) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "GB, 4 images a step, in 2 parts, float32, muon, recomputed" in said
+
+
+def test_recomputing_takes_less_memory() -> None:
+    needs = []
+    for more in ([], ["--train.recompute"]):
+        config = plan.parse(["--side", "32", "--train.batch", "8", *more]).run()
+        needs.append(predict.peak_bytes(Request(config, 32, 32, 17)))
+    assert needs[1] < 0.5 * needs[0]
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["--side", "8", "--memory", "60MB", "--model.depth", "2"]) == 0
     said = capsys.readouterr().out
     assert "peak memory" in said and "largest side that fits into 60MB: " in said
+
+
+OWN = """
+import models, torch
+
+class Empty(models.Mixer):
+    pass
+
+class Wrong(models.Mixer):
+    def forward(self, q, k, v):
+        return v @ torch.zeros(3, 3)
+
+class Uncounted(models.Mixer):
+    def forward(self, q, k, v):
+        return v
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "words"),
+    [
+        ("Empty", ["--side", "6"], "NotImplementedError: Empty has no flops; write one"),
+        ("Empty", ["--memory", "1MB"], "NotImplementedError: Empty has no forward; write one"),
+        ("Wrong", ["--memory", "1MB"], "RuntimeError: "),
+        ("Uncounted", ["--memory", "1MB"], None),  # nobody asked for its FLOPs
+    ],
+)
+def test_an_own_attention_that_fails_is_refused(name: str, asked: list[str], words: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    argv = ["--variant", f"{file}:{name}", "--model.depth", "2", *asked]
+    try:
+        said = f"{plan.main(argv)}"
+    except Refusal as refusal:
+        said = str(refusal)
+    finally:
+        models.VARIANTS.pop(f"{file}:{name}", None)
+    if words is None:
+        assert said == "0"
+    else:
+        assert said.startswith(f"{file}:{name}: {words}") and said.endswith("; mend it") and "\n" not in said
+
+
+def test_a_bug_of_the_catalogues_own_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: object) -> int:
+        raise NotImplementedError("a bug")
+
+    monkeypatch.setattr(models.VARIANTS["local2d"].cls, "flops", broken)
+    with pytest.raises(NotImplementedError):
+        plan.main(["--variant", "local2d", "--side", "4"])
 
 
 @pytest.mark.gpu
