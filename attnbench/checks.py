@@ -49,11 +49,6 @@ class Subject:
         """Its registration.  Raises Refusal as `variants.find`."""
         return variants.find(self.name)
 
-    @property
-    def is_mixer(self) -> bool:
-        """Whether it is an attention in the trunk, not a whole model."""
-        return variants.attends(self.name)
-
     def build(self, height: int, width: int, **shape: Any) -> Any:
         """A small model whose parameters are all non-zero, in float64."""
         given = {"vocab": height * width, "dim": 16, "depth": 2, "heads": 2} | shape
@@ -71,7 +66,7 @@ class Subject:
 
     def needs_mixer(self) -> None:
         """Raises NotApplicable for a whole model."""
-        if not self.is_mixer:
+        if not variants.attends(self.name):
             raise NotApplicable("is a whole model, not an attention in the trunk")
 
 
@@ -341,7 +336,7 @@ def counts_are_true(subject: Subject) -> str:
     if subject.variant.objectives[0] not in models.OBJECTIVES:
         raise NotApplicable("is supervised")
     model = subject.build(7, 11, depth=4)
-    if not subject.is_mixer:
+    if not variants.attends(subject.name):
         counted = _counted(lambda: model(distinct_tokens(7, 11)))
         assert abs(model.flops() / counted - 1) < 0.02, f"says {model.flops():,} FLOPs, torch counts {counted:,}"
         return f"{counted:,} FLOPs"

@@ -174,7 +174,7 @@ def _declared(block: CellsConfig, declared: CostSuite) -> Iterator[Cell]:
     for name in block.variants:
         for side in block.sides:
             cell = _cell(name, side, block.scope, block.batch, PRESETS[block.preset] if block.preset else SHAPE)
-            chosen = {"options": block.options.get(name, {}), "backend": block.backend}
+            chosen = {"options": cell.config.model.options | block.options.get(name, {}), "backend": block.backend}
             model = cell.config.model.model_copy(update=chosen)
             told = {"compile": block.compile, "precision": declared.precision}
             train = cell.config.train.model_copy(update=told)
@@ -183,10 +183,12 @@ def _declared(block: CellsConfig, declared: CostSuite) -> Iterator[Cell]:
 
 
 def _cell(name: str, side: int, scope: Scope, batch: int, shape: dict[str, int] = SHAPE) -> Cell:
+    import models
     from attnbench import variants
 
     train = TrainConfig(batch=batch, precision=PRECISION)
-    model = ModelConfig(**shape)  # type: ignore[arg-type]
+    same = {"table": False} if "table" in models.options(name) else {}  # else it widens as the trunk's table grows
+    model = ModelConfig(**shape, options=same)  # type: ignore[arg-type]
     config = RunConfig(variant=name, code=variants.code(name), model=model, train=train, device="cpu")
     return Cell(variants.with_objective(config), side, scope)
 

@@ -102,6 +102,7 @@ def time_cell(told: dict[str, Any]) -> Iterator[measure.Answer]:
         sides["baseline"] = subject_of(Request.parse(told["baseline"]), *how).phases
     yardstick = product(request.config.device, request.config.train.precision)
     known: measure.Answer = {"phases": {}, "flops": _flops(request, told["scope"]), "fused": fused(request)}
+    yield known
     for phase, timings in by_turns(sides, yardstick, told["budget"], told.get("deadline", math.inf) - time.time()):
         known["phases"][phase] = timings
         backends = dict.fromkeys(str(module.backend) for module in own.modules)

@@ -87,16 +87,17 @@ class State:
 class PixelCNN(WholeModel):
     """tokens int64 (batch, height, width) -> logits (batch, height, width, vocab), autoregressive in the raster.
 
-    share: its parameters, as a part of the trunk's (within 2 %); kernel: side of the (halved) convolution, odd.  A
-    pixel sees depth · (kernel // 2) columns to either side in so many rows above and one more, and as many pixels of
-    its own row and one more.  Against the paper: the vertical stack is residual too, and tokens are embedded.
+    share: its parameters, as a part of the trunk's (within 2 %); table: whether the trunk's table of positions counts,
+    with which it widens as images grow; kernel: side of the (halved) convolution, odd.  A pixel sees depth ·
+    (kernel // 2) columns to either side in so many rows above and one more, and as many pixels of its own row and one
+    more.  Against the paper: the vertical stack is residual too, and tokens are embedded.
     """
 
-    def __init__(self, whole: Whole, *, share: float | str = 1.0, kernel: int = 3) -> None:
+    def __init__(self, whole: Whole, *, share: float | str = 1.0, table: bool = True, kernel: int = 3) -> None:
         super().__init__(whole)
         if positive("kernel", kernel) < 3 or kernel % 2 == 0:
             raise ValueError(f"kernel must be an odd number of pixels, at least 3, not {kernel!r}")
-        width, inner, hidden = _pixelcnn_widths(whole.budget(share), whole, kernel)
+        width, inner, hidden = _pixelcnn_widths(whole.budget(share, table), whole, kernel)
         self.depth, self.reach = whole.depth, kernel // 2
         self.tokens = nn.Parameter(torch.randn(whole.vocab, width))
         self.layers = nn.ModuleList(GatedLayer(width, inner, kernel) for _ in range(whole.depth))
@@ -237,18 +238,19 @@ class Residual(nn.Module):
 class ResNet(WholeModel):
     """images float (batch, channels, height, width), -1 to 1, of any side -> logits (batch, classes).
 
-    share: its parameters, as a part of the trunk's (within 2 %).  `depth` blocks over three stages, each stage half
-    as high and wide as the one before and about twice as many channels; at least one block a stage.
+    share: its parameters, as a part of the trunk's (within 2 %); table: whether the trunk's table of positions counts,
+    with which it widens as images grow.  `depth` blocks over three stages, each stage half as high and wide as the one
+    before and about twice as many channels; at least one block a stage.
     """
 
     STAGES = 3
 
-    def __init__(self, whole: Whole, *, share: float | str = 1.0) -> None:
+    def __init__(self, whole: Whole, *, share: float | str = 1.0, table: bool = True) -> None:
         super().__init__(whole)
         self.channels, self.classes = whole.channels, whole.classes
         blocks = max(whole.depth, self.STAGES)
         counts = [blocks // self.STAGES + (stage < blocks % self.STAGES) for stage in range(self.STAGES)]
-        widths = _resnet_widths(whole.budget(share), whole, counts)
+        widths = _resnet_widths(whole.budget(share, table), whole, counts)
         self.stem = nn.Conv2d(whole.channels, widths[0], 3, padding=1, bias=False)
         self.stem_norm = nn.BatchNorm2d(widths[0])
         self.stages = nn.ModuleList()

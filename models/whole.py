@@ -32,13 +32,16 @@ class Whole:
     channels: int = 1
     classes: int = 10
 
-    def trunk_parameters(self) -> int:
-        """Parameters of Image GPT itself at this shape: L(12d² + 2d) + 2Vd + nd + 2d."""
+    def trunk_parameters(self, table: bool = True) -> int:
+        """Parameters of Image GPT itself at this shape, L(12d² + 2d) + 2Vd + nd + 2d; `table`: with nd of it."""
         dim = self.dim
-        return self.depth * (12 * dim**2 + 2 * dim) + (2 * self.vocab + self.scan.grid.size + 2) * dim
+        places = self.scan.grid.size if table else 0
+        return self.depth * (12 * dim**2 + 2 * dim) + (2 * self.vocab + places + 2) * dim
 
-    def budget(self, share: float | str) -> float:
+    def budget(self, share: float | str, table: bool = True) -> float:
         """That share of the trunk's parameters; 0.5 and "1/2" are the same.  Raises ValueError."""
+        if not isinstance(table, bool):
+            raise ValueError(f"table must be true or false, not {table!r}")
         try:
             wanted = Fraction(share)
         except (ValueError, TypeError, ZeroDivisionError, OverflowError):
@@ -48,7 +51,7 @@ class Whole:
                 "share must be a part of the trunk's parameters above 0, such as 1, 0.5 or 1/3, and at most "
                 f"{LARGEST}: {share!r}"
             )
-        return float(wanted * self.trunk_parameters())
+        return float(wanted * self.trunk_parameters(table))
 
 
 class WholeModel(nn.Module):

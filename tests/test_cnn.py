@@ -127,6 +127,20 @@ def test_parameters_are_the_share_of_the_trunk(
     assert parameters[0] / parameters[1] == pytest.approx(float(Fraction(share)), rel=0.02)
 
 
+@pytest.mark.parametrize("name", ["pixelcnn", "resnet"])
+def test_without_the_trunks_table_it_is_the_same_model_at_every_side(name: str) -> None:
+    """With it, it has an eighth more parameters at 64×64 than at 8×8, and each layer does more for a pixel."""
+    shape: dict[str, Any] = {"vocab": 64, "dim": 64, "depth": 6, "heads": 4}
+    shapes = [
+        [
+            [tuple(p.shape) for p in models.build(name, height=side, width=side, **shape, table=table).parameters()]
+            for side in (8, 64)
+        ]
+        for table in (False, True)
+    ]
+    assert shapes[0][0] == shapes[0][1] and shapes[1][0] != shapes[1][1]
+
+
 def test_the_same_seed_gives_the_same_weights() -> None:
     for name in ("pixelcnn", "resnet"):
         torch.manual_seed(3)
@@ -158,6 +172,7 @@ def test_resnet_reads_any_side(height: int, width: int, channels: int) -> None:
         ("pixelcnn", {"kernel": True}, "kernel must be"),
         ("pixelcnn", {"share": 0}, "share"),
         ("pixelcnn", {"share": "half"}, "share"),
+        ("resnet", {"table": "yes"}, "table must be true or false"),
         ("pixelcnn", {"position": "learned1d"}, "position"),
         ("pixelcnn", {"backend": "sdpa"}, "backend"),
         ("pixelcnn", {"scan": "snake"}, "raster"),

@@ -281,7 +281,7 @@ def test_the_committed_cells_are_the_cells_of_today() -> None:
     for done in known:
         config = RunConfig.model_validate(done["config"])
         assert cost.Cell(config, done["side"], done["scope"]).id == done["id"]
-        assert curves.label(done) == done["variant"]
+        assert curves.label(done) in (done["variant"], f"{done['variant']} table=False")
 
 
 def test_a_ratio_alternates_after_both_were_warmed() -> None:
@@ -301,6 +301,13 @@ def test_a_first_call_that_loads_something_costs_no_rounds(monkeypatch: pytest.M
     log: list[str] = []
     monkeypatch.setattr("tests.timing.seconds", lambda work: work() or (LONG if log.count("s") == 1 else 0.5))
     assert ratio(lambda: log.append("s"), lambda: log.append("f"), rounds=7)["rounds"] == 7
+
+
+def test_a_cnn_is_the_same_at_every_side() -> None:
+    """As many parameters as the trunk at each would make its own exponent that of the trunk's table."""
+    found = [c for c in cost.cells(CostConfig(variants="pixelcnn", sides="8,64")) if c.config.variant == "pixelcnn"]
+    assert [c.config.model.options for c in found] == [{"table": False}] * 2
+    assert {curves.label(cost._identity(c)) for c in found} == {"pixelcnn table=False"}
 
 
 def test_a_classifier_has_its_step_against_the_baseline_that_predicts_pixels() -> None:

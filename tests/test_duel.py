@@ -127,14 +127,17 @@ def test_low_precision_is_within_its_bound_of_every_oracle() -> None:
 
 def test_each_phase_is_answered_when_it_is_done_and_known_ones_are_left_out() -> None:
     told = {"request": request_of("linear").dump(), "scope": "attention", "budget": 0.01, "baseline": None}
-    answers = [{**known, "phases": [*known["phases"]]} for known in duel.time_cell(told)]
+    first, *answers = ({**known, "phases": [*known["phases"]]} for known in duel.time_cell(told))
+    assert first["phases"] == []
     assert [known["phases"] for known in answers] == [
         ["forward"], ["forward", "backward"], ["forward", "backward", "decoding"]
     ]  # fmt: skip
     assert all(known["flops"]["forward"] and known["backend"] for known in answers)
     assert answers[0]["fused"] in ("flash_attention", "math", "efficient_attention")
-    (last,) = duel.time_cell(told | {"known": ["forward", "backward"]})
+    *_, last = duel.time_cell(told | {"known": ["forward", "backward"]})
     assert [*last["phases"]] == ["decoding"]
+    (nothing,) = duel.time_cell(told | {"known": ["forward", "backward", "decoding"]})
+    assert nothing["phases"] == {}
 
 
 def test_on_cuda_short_calls_are_timed_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
