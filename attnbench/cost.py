@@ -187,9 +187,10 @@ def _cell(name: str, side: int, scope: Scope, batch: int, shape: dict[str, int] 
     from attnbench import variants
 
     train = TrainConfig(batch=batch, precision=PRECISION)
+    code = variants.code(name)
     same = {"table": False} if "table" in models.options(name) else {}  # else it widens as the trunk's table grows
     model = ModelConfig(**shape, options=same)  # type: ignore[arg-type]
-    config = RunConfig(variant=name, code=variants.code(name), model=model, train=train, device="cpu")
+    config = RunConfig(variant=name, code=code, model=model, train=train, device="cpu")
     return Cell(variants.with_objective(config), side, scope)
 
 
