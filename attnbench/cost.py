@@ -242,11 +242,12 @@ def _time(told: dict[str, Any], limits: CostConfig, ends: float, known: dict[str
         try:
             return _ask(told["kind"], told | {"known": [*known["phases"]]}, limits, ends, known)
         except measure.ChildFailed as failed:
-            if told["graphs"] and duel.Uncaptured.__name__ in "\n".join(failed.tail):
+            said = "\n".join(failed.tail)
+            if told["graphs"] and duel.Uncaptured.__name__ in said:
                 without = "graphs"
             elif told.get("reserve") and _status(failed) == "oom":
                 without = "reserve"
-            elif told["baseline"]:
+            elif told["baseline"] and f"{told['request']['config']['variant']} misses its oracle" not in said:
                 without = "baseline"
             else:
                 raise

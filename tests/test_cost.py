@@ -108,8 +108,9 @@ def test_the_memory_of_what_misses_its_oracle_is_no_cost_of_the_variant(
     said = "attnbench.duel.OracleMissed: linear misses its oracle: its output is off by 0.1 of the whole"
     ask = Children(lambda told: ("ended with exit status 1", said) if told["kind"] == "time" else None)
     monkeypatch.setattr(measure, "in_child", ask)
-    found = cost.measured(attention_cell(), limits(tmp_path), baseline=False)
+    found = cost.measured(attention_cell(), limits(tmp_path), baseline=True)
     assert found["status"] == "crash" and found["reason"].endswith(said)
+    assert len(ask.told) == 2, "without its baseline it would miss it again"
     assert found["metrics"] == {"peak_bytes": None}
 
 
